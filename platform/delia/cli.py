@@ -1,0 +1,93 @@
+"""The `delia` command: a thin reader; work is submitted through `jobs/`.
+
+Heavy libraries are imported inside the command that needs them, so `delia --help` answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+from delia.errors import DeliaError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; an error that the platform raises on purpose is one line and status 2."""
+    line = _make_parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], None] = line.run
+    try:
+        run(line)
+    except DeliaError as error:
+        print(f"delia: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="delia", description="Mix a task with diverse self-sampled rows and tune a LoRA adapter on it."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    recipes = commands.add_parser("recipes", help="list the recipes")
+    recipes.set_defaults(run=_list_recipes)
+
+    show = commands.add_parser("show", help="print a recipe's whole settings, as config.yaml")
+    show.add_argument("recipe", metavar="RECIPE")
+    show.add_argument("--set", action="append", default=[], dest="assignments", metavar="PATH=VALUE")
+    show.set_defaults(run=_show_recipe)
+
+    ask = commands.add_parser("ask", help="answer one text with an adapter")
+    ask.add_argument("adapter", metavar="ADAPTER", help="an adapter's directory or models:/NAME@champion")
+    ask.add_argument("text", metavar="TEXT")
+    ask.set_defaults(run=_ask)
+
+    task = commands.add_parser("task", help="look at task files").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    check = task.add_parser("check", help="read a task as a job would, and count its rows")
+    check.add_argument("path", metavar="PATH")
+    check.set_defaults(run=_check_task)
+
+    shown = commands.add_parser("version", help="print the version")
+    shown.set_defaults(run=_print_version)
+    return parser
+
+
+def _list_recipes(line: argparse.Namespace) -> None:
+    from delia.recipes.command_line import list_recipes
+
+    entries = list_recipes()
+    width = max(map(len, entries), default=0)
+    for entry in entries.values():
+        print(f"{entry.name:{width}}  {entry.summary}")
+
+
+def _show_recipe(line: argparse.Namespace) -> None:
+    from delia.config import dump_yaml, override
+    from delia.recipes.command_line import load_recipe
+
+    print(dump_yaml(override(load_recipe(line.recipe), line.assignments)), end="")
+
+
+def _ask(line: argparse.Namespace) -> None:
+    from delia.flow.ask import ask
+
+    print(ask(line.adapter, line.text))
+
+
+def _check_task(line: argparse.Namespace) -> None:
+    from delia.store.tasks import TaskConfig, read_task
+
+    task = read_task(TaskConfig(path=line.path))
+    print(f"task   {task.name}  {task.digest}")
+    for split, rows in task.rows_by_split.items():
+        print(f"{split:5}  {len(rows)} rows")
+
+
+def _print_version(line: argparse.Namespace) -> None:
+    print(version("delia"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

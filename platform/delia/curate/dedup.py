@@ -1,0 +1,90 @@
+"""Duplicates among accepted instructions: exact ones, and near ones by word n-grams.
+
+    instruction --SeenInstructions.admit-->  "duplicate" | "near_duplicate" | None, then it is remembered
+
+Near-duplicates are pairs whose sets of word n-grams have a Jaccard similarity at or above a threshold.
+MinHash only proposes pairs; each is then measured exactly, so nothing is rejected on an estimate. An
+answer never matters.
+
+The threshold acts on short texts in steps. "what is the capital of france ?" and "... of spain ?" share
+3 of 7 trigrams (0.43) and both stay at 0.8; but of two instructions of 40 words that differ in one inner
+word, 35 of 41 trigrams are shared (0.85) and the later goes. Templated instructions with a long fixed
+part want a higher threshold, or None.
+"""
+
+from rensa import RMinHash, RMinHashLSH
+
+from delia.curate.ngrams import list_ngrams, normalise
+
+DUPLICATE = "duplicate"
+NEAR_DUPLICATE = "near_duplicate"
+
+_MINHASH_SEED = 1
+_MIN_RECALL = 0.99  # of pairs that lie exactly on the threshold; those above are found more surely
+
+
+def make_shingles(text: str, ngram: int) -> frozenset[str]:
+    """Return the set of word n-grams of a normalised text; of a shorter one, its words."""
+    words = text.split()
+    return frozenset(list_ngrams(words, ngram) or words)
+
+
+def measure_jaccard(a: frozenset[str], b: frozenset[str]) -> float:
+    """Return the size of the intersection over that of the union; 0 if both are empty."""
+    shared = len(a & b)
+    return shared / max(1, len(a) + len(b) - shared)
+
+
+def choose_num_bands(*, threshold: float, num_perm: int) -> int:
+    """Return the fewest bands that propose a pair on the threshold with probability 0.99.
+
+    With b bands of r values each, a pair of similarity s is proposed with probability
+    1 - (1 - s^r)^b (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", 3.4.2). Fewer bands
+    propose fewer pairs in vain.
+
+    Raises:
+        ValueError: Even one value a band finds too few; more permutations or a higher threshold would.
+    """
+    for num_bands in range(1, num_perm + 1):
+        if num_perm % num_bands == 0:
+            recall = 1 - (1 - threshold ** (num_perm // num_bands)) ** num_bands
+            if recall >= _MIN_RECALL:
+                return num_bands
+    raise ValueError(
+        f"{num_perm} permutations find less than {_MIN_RECALL:g} of the pairs at similarity {threshold:g};"
+        " raise num_perm or near_duplicate_threshold"
+    )
+
+
+class SeenInstructions:
+    """The instructions accepted so far; a new one is compared with these and no others."""
+
+    def __init__(self, *, threshold: float | None, num_perm: int = 128, ngram: int = 3) -> None:
+        """Start empty; a threshold of None looks for exact duplicates only."""
+        self._threshold = threshold
+        self._num_perm = num_perm
+        self._ngram = ngram
+        self._number_by_text: dict[str, int] = {}
+        self._texts: list[str] = []
+        self._index: RMinHashLSH | None = None
+        if threshold is not None:
+            num_bands = choose_num_bands(threshold=threshold, num_perm=num_perm)
+            self._index = RMinHashLSH(threshold=threshold, num_perm=num_perm, num_bands=num_bands)
+
+    def admit(self, instruction: str) -> str | None:
+        """Return why an instruction is refused, or remember it and return None."""
+        text = normalise(instruction)
+        if text in self._number_by_text:
+            return DUPLICATE
+        if self._index is not None and self._threshold is not None:
+            shingles = make_shingles(text, self._ngram)
+            sketch = RMinHash(num_perm=self._num_perm, seed=_MINHASH_SEED)
+            sketch.update(list(shingles))
+            for number in self._index.query(sketch):  # shingles are made again: sets would fill the memory
+                other = make_shingles(self._texts[number], self._ngram)
+                if measure_jaccard(shingles, other) >= self._threshold:
+                    return NEAR_DUPLICATE
+            self._index.insert(len(self._texts), sketch)
+        self._number_by_text[text] = len(self._texts)
+        self._texts.append(text)
+        return None

@@ -1,0 +1,158 @@
+"""Adapters x suites -> scores, generated greedily by the engine that will serve them.
+
+    rows of dev or test + adapters --one engine run--> completions --metrics--> EvalReport a label
+
+A row without a reference is scored against the base model's own answer to its `base_messages`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from delia.chat import ChatEncoder
+from delia.config import FrozenConfig
+from delia.evaluate.intervals import Interval, mean_interval, wilson_interval
+from delia.evaluate.scoring import METRICS
+from delia.generate.engine import Completion, EngineConfig, Request, SamplingConfig
+from delia.generate.pipeline import generate_all
+from delia.schema import SeedTask
+from delia.store.models import ModelConfig
+
+BASE = ""
+"""The address that stands for the base model without an adapter."""
+
+
+class EvaluateConfig(FrozenConfig):
+    """What scores are made of."""
+
+    max_tokens: int = 128
+    num_kl_rows: int = 128
+    num_verify_rows: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport:
+    """Scores of one adapter, a row of a suite each; arrays run parallel.
+
+    `scores[metric]` are in 0..1; `token_ids` are the greedy completions without the end token.
+    """
+
+    task_ids: tuple[str, ...]
+    suites: tuple[str, ...]
+    phrasings: tuple[str, ...]
+    completions: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    scores: Mapping[str, tuple[float, ...]]
+
+    def suite_names(self) -> list[str]:
+        """Return the suites in their order of appearance."""
+        return list(dict.fromkeys(self.suites))
+
+    def select(self, suite: str, metric: str) -> tuple[np.ndarray, list[str]]:
+        """Return a suite's scores [n] and the phrasing of each, the clusters of its intervals."""
+        chosen = [i for i, name in enumerate(self.suites) if name == suite]
+        values = self.scores[metric]
+        return np.array([values[i] for i in chosen]), [self.phrasings[i] for i in chosen]
+
+    def interval(self, suite: str, metric: str) -> Interval:
+        """Return a suite's mean with its interval: Wilson where scores are 0 or 1, else bootstrap."""
+        values, clusters = self.select(suite, metric)
+        if set(values.tolist()) <= {0.0, 1.0}:
+            return wilson_interval(int(values.sum()), len(values))
+        return mean_interval(values, clusters, seed=0)
+
+    def to_table(self) -> pa.Table:
+        """Return one row a task row, for Parquet."""
+        columns = {
+            "task_id": list(self.task_ids),
+            "suite": list(self.suites),
+            "phrasing": list(self.phrasings),
+            "completion": list(self.completions),
+            "token_ids": pa.array([list(ids) for ids in self.token_ids], pa.list_(pa.int32())),
+        }
+        return pa.table({**columns, **{name: list(values) for name, values in self.scores.items()}})
+
+
+def report_from_table(table: pa.Table) -> EvalReport:
+    """Read back what `EvalReport.to_table` wrote."""
+    columns = table.to_pydict()
+    return EvalReport(
+        task_ids=tuple(columns["task_id"]),
+        suites=tuple(columns["suite"]),
+        phrasings=tuple(columns["phrasing"]),
+        completions=tuple(columns["completion"]),
+        token_ids=tuple(tuple(ids) for ids in columns["token_ids"]),
+        scores={name: tuple(columns[name]) for name in METRICS if name in columns},
+    )
+
+
+def evaluate(
+    adapters: Mapping[str, str],
+    rows: Sequence[SeedTask],
+    config: EvaluateConfig,
+    *,
+    model: ModelConfig,
+    engine: EngineConfig,
+    chat: ChatEncoder,
+    metrics: Sequence[str],
+) -> dict[str, EvalReport]:
+    """Score adapters on rows, all in one engine run.
+
+    Args:
+        adapters: Label -> address of an adapter directory; `BASE` for the base model.
+        rows: Rows of dev or test; their `suite` groups the scores.
+        config: Lengths.
+        model: The base model.
+        engine: How it is served; its `lora_rank` must admit the adapters.
+        chat: The chat format that the adapters were trained with.
+        metrics: Names in `scoring.METRICS`.
+
+    Returns:
+        A report a label.
+    """
+    prompts = [tuple(chat.encode_prompt(row.prompt)) for row in rows]
+    requests = [
+        Request(request_id=f"{label}:{index}", prompt_ids=prompt, adapter=address)
+        for label, address in adapters.items()
+        for index, prompt in enumerate(prompts)
+    ]
+    requests += [
+        Request(request_id=f"target of base:{index}", prompt_ids=tuple(chat.encode_prompt(row.base_messages)))
+        for index, row in enumerate(rows)
+        if row.reference is None
+    ]
+    sampling = SamplingConfig(temperature=0.0, max_tokens=config.max_tokens)
+    completions = generate_all(requests, model=model, engine=engine, sampling=sampling, end_ids=chat.end_ids)
+    targets = [
+        row.reference
+        if row.reference is not None
+        else chat.decode(completions[f"target of base:{index}"].token_ids)
+        for index, row in enumerate(rows)
+    ]
+    return {
+        label: _score(rows, targets, [completions[f"{label}:{i}"] for i in range(len(rows))], chat, metrics)
+        for label in adapters
+    }
+
+
+def _score(
+    rows: Sequence[SeedTask],
+    targets: Sequence[str],
+    completions: Sequence[Completion],
+    chat: ChatEncoder,
+    metrics: Sequence[str],
+) -> EvalReport:
+    texts = [chat.decode(completion.token_ids) for completion in completions]
+    return EvalReport(
+        task_ids=tuple(row.task_id for row in rows),
+        suites=tuple(row.suite for row in rows),
+        phrasings=tuple(row.phrasing or row.task_id for row in rows),
+        completions=tuple(texts),
+        token_ids=tuple(completion.token_ids for completion in completions),
+        scores={
+            name: tuple(METRICS[name](text, target) for text, target in zip(texts, targets, strict=True))
+            for name in metrics
+        },
+    )

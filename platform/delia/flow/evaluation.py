@@ -1,0 +1,99 @@
+"""Score adapters once and keep it: addresses x rows -> reports from storage or from one engine run."""
+
+import json
+from collections.abc import Mapping
+
+from delia.config import fingerprint
+from delia.evaluate.harness import EvalReport, EvaluateConfig, evaluate, report_from_table
+from delia.flow.trial import encode_rows
+from delia.flow.verify import measure_drift
+from delia.flow.workspace import Workspace
+from delia.generate.engine import EngineConfig
+from delia.schema import SeedTask
+from delia.store.adapters import CONFIG, fetch_adapter
+from delia.store.pools import Pool
+from delia.store.tables import Manifest, commit, is_finished, join, read_table, write_table
+from delia.train.settings import TrainConfig
+
+SCORES = "scores.parquet"
+
+
+def eval_address(config: EvaluateConfig, space: Workspace, adapter: str, rows: tuple[SeedTask, ...]) -> str:
+    """Return where the scores of an adapter on these rows are kept; an empty address is the base's."""
+    scope = fingerprint(
+        config,
+        space.model_id,
+        space.chat.template_hash,
+        space.task.digest,
+        *(row.task_id for row in rows),
+    )
+    return space.address("evals", f"{adapter.rstrip('/').rpartition('/')[2] or 'base'}-{scope}")
+
+
+def read_rank(address: str) -> int:
+    """Return the LoRA rank that an engine must admit for an adapter; 1 for the base."""
+    if not address:
+        return 1
+    return int(json.loads((fetch_adapter(address) / CONFIG).read_text())["r"])
+
+
+def evaluate_adapters(
+    config: EvaluateConfig,
+    space: Workspace,
+    addresses: Mapping[str, str],
+    rows: tuple[SeedTask, ...],
+    *,
+    engine: EngineConfig,
+) -> dict[str, EvalReport]:
+    """Score each adapter on rows, those already scored from storage, the others in one engine run.
+
+    Args:
+        config: Lengths.
+        space: Model, chat format and task.
+        addresses: Label -> address of an adapter directory, empty for the base.
+        rows: Rows of dev or test.
+        engine: How the model is served; its `lora_rank` is set from the adapters.
+    """
+    places = {label: eval_address(config, space, address, rows) for label, address in addresses.items()}
+    missing = {label: address for label, address in addresses.items() if not is_finished(places[label])}
+    if missing:
+        rank = max(read_rank(address) for address in missing.values())
+        reports = evaluate(
+            missing,
+            rows,
+            config,
+            model=space.model,
+            engine=engine.model_copy(update={"lora_rank": rank}),
+            chat=space.chat,
+            metrics=space.task.metrics,
+        )
+        for label, report in reports.items():
+            _keep(
+                places[label],
+                report,
+                parents={"adapter": missing[label] or "base", "task": space.task.digest},
+            )
+    return {label: report_from_table(read_table(join(place, SCORES))) for label, place in places.items()}
+
+
+def _keep(address: str, report: EvalReport, *, parents: dict[str, str]) -> None:
+    write_table(join(address, SCORES), report.to_table())
+    name = address.rpartition("/")[2]
+    counts = {"rows": len(report.task_ids)}
+    commit(address, Manifest(kind="eval", fingerprint=name, root=name, counts=counts, parents=parents))
+
+
+def measure_pool_drift(
+    addresses: Mapping[str, str], space: Workspace, pool: Pool | None, *, train: TrainConfig, num_rows: int
+) -> dict[str, float]:
+    """Return off-task KL in nats a token by label, on rows that the base wrote; none without a pool.
+
+    The rows come from the end of the pool's first source; a pool larger than the mixtures keeps most
+    of them untrained.
+    """
+    if pool is None or num_rows == 0:
+        return {}
+    chats = [row.messages for row in pool.rows if row.source == pool.rows[0].source][-num_rows:]
+    encoded = [row for row in encode_rows(chats, train, space.chat) if row is not None]
+    sequences = [(list(row.input_ids), list(row.loss_mask)) for row in encoded]
+    return measure_drift(dict(addresses), sequences, space.model)

@@ -1,0 +1,85 @@
+"""Promote a registered version: fetch it, verify its export, compare it with the champion, move the alias.
+
+    models:/NAME/VERSION --verify, evaluate on test--> Decision --gate--> champion
+
+The test split is read here, by the gate, and by `make reproduce` alone.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from delia.config import FrozenConfig
+from delia.evaluate.harness import BASE, EvalReport
+from delia.flow.adapt import AdaptConfig, open_job
+from delia.flow.evaluation import evaluate_adapters
+from delia.flow.gate import CHAMPION, Decision, GateConfig, decide, promote
+from delia.flow.stages import tracked_stage
+from delia.flow.table import compare, format_scores
+from delia.flow.verify import verify_export
+from delia.store.tables import join
+from delia.track.registry import ModelVersionInfo, fetch_adapter, get_version, get_version_by_alias
+from delia.track.runs import Tracker
+
+
+class PromoteConfig(FrozenConfig):
+    """Which version is to become champion of which recipe's model, and what it must hold."""
+
+    recipe: AdaptConfig
+    alias: str = "candidate"
+    gate: GateConfig = GateConfig()
+
+
+def promote_version(config: PromoteConfig, *, say: Callable[[str], None]) -> ModelVersionInfo:
+    """Verify and compare the version that has the alias, and make it champion if the gate lets it.
+
+    Raises:
+        GateError: The gate refuses, with its reasons; the alias stays where it was.
+        ExportError: The adapter does not do in vLLM what it does in HF + PEFT.
+    """
+    recipe = config.recipe
+    space = open_job(recipe)
+    name = recipe.track.registered_name or recipe.name.replace("_", "-")
+    with tracked_stage("promote", recipe, space):
+        tracker = Tracker(recipe.track, default_store=join(space.output_dir, "mlflow.db"))
+        candidate = get_version(tracker, f"models:/{name}@{config.alias}")
+        champion = get_version_by_alias(tracker, name, CHAMPION)
+        versions = {"candidate": candidate, **({"champion": champion} if champion else {})}
+        addresses = {
+            label: str(fetch_adapter(tracker, found.uri, _folder(space.output_dir, name, found.version)))
+            for label, found in versions.items()
+        }
+        rows = space.task.rows_by_split["test"]
+        reports = evaluate_adapters(
+            recipe.evaluate, space, {"base": BASE, **addresses}, rows, engine=recipe.engine
+        )
+        verify_export(
+            addresses["candidate"],
+            reports["candidate"],
+            rows,
+            space,
+            num_rows=recipe.evaluate.num_verify_rows,
+            max_tokens=recipe.evaluate.max_tokens,
+        )
+        say(format_scores(reports, metrics=space.task.metrics, drift={}))
+        decision = _decide(reports, config, space.task.metrics[0], champion)
+        for reason in decision.reasons:
+            say(f"gate: {reason}")
+        return promote(tracker, name, candidate.version, decision, space.output_dir)
+
+
+def _folder(output_dir: str, name: str, version: str) -> Path:
+    return Path(output_dir) / "registry" / f"{name}-{version}"
+
+
+def _decide(
+    reports: dict[str, EvalReport], config: PromoteConfig, metric: str, champion: ModelVersionInfo | None
+) -> Decision:
+    report = reports["candidate"]
+    scores = {suite: report.interval(suite, metric) for suite in report.suite_names()}
+    if champion is None:
+        return decide(scores, None, config.gate)
+    differences = {}
+    for suite in scores:
+        interval = compare([report], [reports["champion"]], suite, metric)
+        differences[suite] = (interval.estimate, interval.low, interval.high)
+    return decide(scores, differences, config.gate, champion=champion.version)

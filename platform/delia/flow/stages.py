@@ -1,0 +1,111 @@
+"""The single stages of the path, one tracked run each: what `jobs/*.py` other than `adapt` start.
+
+A stage that needs an earlier one takes it from `output_dir`, or does it first.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from delia.config import dump_yaml, fingerprint, flatten
+from delia.errors import ConfigError
+from delia.evaluate.harness import BASE
+from delia.flow.adapt import (
+    MAIN,
+    AdaptConfig,
+    describe_counts,
+    log_mixture,
+    log_pool,
+    open_job,
+)
+from delia.flow.evaluation import evaluate_adapters
+from delia.flow.pool import build_pool
+from delia.flow.table import format_scores
+from delia.flow.trial import Arm, plan_arm, train_arms
+from delia.flow.workspace import Workspace, connect
+from delia.schema import Adapter
+from delia.store.pools import Pool
+from delia.store.tables import join
+from delia.track.runs import Run, Tracker
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def tracked_stage(name: str, config: AdaptConfig, space: Workspace) -> Iterator[Run]:
+    """Open the run of a stage that is a job of its own."""
+    connect(config.ray)
+    tracker = Tracker(config.track, default_store=join(space.output_dir, "mlflow.db"))
+    with tracker.run(
+        name, params=flatten(config), tags={"delia.recipe": config.name}, fingerprint=fingerprint(config)
+    ) as run:
+        run.log_text(dump_yaml(config), "config.yaml")
+        yield run
+
+
+def make_pool(
+    config: AdaptConfig,
+    space: Workspace,
+    run: Run,
+    *,
+    stored_only: bool = False,
+    allowed_modules: tuple[str, ...] = (),
+) -> Pool | None:
+    """Return the recipe's pool; with `stored_only` from stored candidates alone."""
+    if config.pool is None:
+        return None
+    pool = build_pool(
+        config.pool,
+        space,
+        engine=None if stored_only else config.engine.model_copy(update={"lora_rank": None}),
+        log=run.log_metrics,
+        allowed_modules=allowed_modules,
+    )
+    log_pool(run, space, pool)
+    return pool
+
+
+def synthesize_pool(
+    config: AdaptConfig, *, say: Say, stored_only: bool = False, allowed_modules: tuple[str, ...] = ()
+) -> Pool:
+    """Make the recipe's pool; with `stored_only` curate stored candidates and generate nothing."""
+    space = open_job(config)
+    name = "curate" if stored_only else "synthesize"
+    with tracked_stage(name, config, space) as run:
+        pool = make_pool(config, space, run, stored_only=stored_only, allowed_modules=allowed_modules)
+    if pool is None:
+        raise ConfigError(f"recipe {config.name!r} has no pool; set pool to make one")
+    say(f"{name}: {describe_counts(pool.manifest.counts)}")
+    say(f"pool: {space.address('pools', pool.manifest.fingerprint)}, root {pool.manifest.root}")
+    return pool
+
+
+def _train(config: AdaptConfig, space: Workspace, run: Run, say: Say) -> tuple[Arm, Adapter]:
+    pool = make_pool(config, space, run)
+    arm = plan_arm(config.arm, space, pool)
+    say(f"train: {len(arm.mixture.row_ids)} rows, {config.arm.train.max_steps} steps")
+    adapters = train_arms({MAIN: arm}, space, pool, logs={MAIN: run.log_metrics}, max_concurrent=1)
+    log_mixture(run, arm)
+    return arm, adapters[MAIN]
+
+
+def train_adapter(config: AdaptConfig, *, say: Say) -> Adapter:
+    """Train the recipe's adapter."""
+    space = open_job(config)
+    with tracked_stage("train", config, space) as run:
+        _, adapter = _train(config, space, run, say)
+        run.log_artifacts(adapter.path, "adapter")
+    say(f"adapter: {adapter.path}")
+    return adapter
+
+
+def evaluate_adapter(config: AdaptConfig, *, say: Say) -> str:
+    """Score the base and the recipe's adapter; return the table."""
+    space = open_job(config)
+    rows = space.task.rows_by_split[config.split]
+    with tracked_stage("evaluate", config, space) as run:
+        _, adapter = _train(config, space, run, say)
+        say(f"evaluate: 2 models x {len(rows)} {config.split} rows")
+        reports = evaluate_adapters(
+            config.evaluate, space, {"base": BASE, MAIN: adapter.path}, rows, engine=config.engine
+        )
+    return format_scores(reports, metrics=space.task.metrics, drift={})

@@ -1,0 +1,38 @@
+"""A scripted engine: the interface of vLLM without a model, for tests and for load.
+
+Its answer is a fixed function of prompt, seed and sampling: a few of the prompt's own ids, cut at
+`max_tokens`. Greedy requests ignore the seed. `tests/generate` holds it to the contract of vLLM's.
+"""
+
+from collections.abc import Sequence
+
+from delia.generate.engine import Completion, EngineConfig, Request, SamplingConfig
+from delia.rng import make_random
+from delia.store.models import ModelConfig
+
+
+class ScriptedEngine:
+    """Echoes ids of the prompt; see `delia.generate.engine.Engine`."""
+
+    def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
+        """Take what every engine takes; nothing is loaded."""
+        del model, config
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingConfig, *, end_ids: Sequence[int]
+    ) -> list[Completion]:
+        """Return one completion a request, in order."""
+        return [self._answer(request, sampling, end_ids=end_ids) for request in requests]
+
+    def _answer(self, request: Request, sampling: SamplingConfig, *, end_ids: Sequence[int]) -> Completion:
+        seed = request.seed if sampling.temperature > 0 else 0
+        rng = make_random("scripted", seed, request.adapter, *request.prompt_ids)
+        length = rng.randint(1, 24)
+        words = [token for token in request.prompt_ids if token not in end_ids] or [0]
+        ids = tuple(rng.choice(words) for _ in range(min(length, sampling.max_tokens)))
+        return Completion(
+            request_id=request.request_id,
+            token_ids=ids,
+            finish_reason="stop" if length <= sampling.max_tokens else "length",
+            num_prompt_tokens=len(request.prompt_ids),
+        )

@@ -1,0 +1,56 @@
+"""Rewriting: a task's instruction in many wordings, written by the model that will be tuned.
+
+Source: the 60 paraphrases of one instruction in the data of DELIA, Zeng et al. 2024,
+https://arxiv.org/abs/2408.10841 (who wrote them is not known). The model does not know a new token yet,
+so `stand_in` takes its place while the model rewrites and the token is put back where it stood.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from delia.generate.engine import Completion, Request
+from delia.schema import Message, Rejection, Row, SeedTask
+from delia.synthesize.socket import SynthesisContext, read_index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewriting:
+    """`request` asks for another wording of `{instruction}`; a row keeps its question and its answer."""
+
+    request: str = "Say this in other words: {instruction}"
+    stand_in: str = "JSON"
+
+    def open(self, context: SynthesisContext, index: int) -> Request:
+        """Ask for another wording of the instruction of one train row."""
+        seed_task = context.seed_tasks[index % len(context.seed_tasks)]
+        wording = _find_wording(seed_task)
+        masked = wording.replace(context.token, self.stand_in) if context.token else wording
+        prompt = (Message(role="user", content=self.request.format(instruction=masked)),)
+        return context.request(index, context.chat.encode_prompt(prompt), turn="rewriting")
+
+    def reply(self, context: SynthesisContext, completion: Completion) -> Request | None:
+        """One turn is all."""
+        return None
+
+    def close(self, context: SynthesisContext, completions: Sequence[Completion]) -> Row | Rejection:
+        """Put the new wording in the place of the old one."""
+        index, text = read_index(completions[0]), context.chat.decode(completions[0].token_ids)
+        seed_task = context.seed_tasks[index % len(context.seed_tasks)]
+        last, wording = seed_task.prompt[-1].content, _find_wording(seed_task)
+        if not text:
+            return context.reject(index, "no_instruction", text, completions)
+        if context.token and context.token in wording:
+            if text.count(self.stand_in) != wording.count(context.token):
+                return context.reject(index, "lost_token", text, completions)
+            text = text.replace(self.stand_in, context.token)
+        if text == wording:
+            return context.reject(index, "unchanged", text, completions)
+        question = Message(role="user", content=last.replace(wording, text))
+        answer = Message(role="assistant", content=seed_task.reference or "")
+        return context.row(index, (*seed_task.prompt[:-1], question, answer), completions)
+
+
+def _find_wording(seed_task: SeedTask) -> str:
+    """Return the instruction inside the question; all of it where `phrasing` is no more than a label."""
+    last = seed_task.prompt[-1].content
+    return seed_task.phrasing if seed_task.phrasing and seed_task.phrasing in last else last

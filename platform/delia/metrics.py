@@ -1,0 +1,108 @@
+"""The names of all metrics: one table for MLflow, for Ray's exporter and for the dashboards.
+
+    "train/loss"  ->  MLflow's metric `train/loss`, Ray's metric `delia_train_loss`
+    a counter     ->  Prometheus reads it as `delia_synthesize_accepted_total`
+
+A name is `room/quantity` and is written here once: tracking refuses a name that is not in the
+table, and a test holds the dashboards to it. Scores are the one family with open names, because
+task files bring their suites: `score_name` writes them in MLflow, while Prometheus has the single
+`delia_evaluate_score` with the labels `suite` and `metric`.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from delia.errors import ConfigError
+
+Kind = Literal["counter", "gauge"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One quantity over time; a counter only grows, a gauge is the latest value."""
+
+    name: str
+    unit: str
+    kind: Kind
+    description: str
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("synthesize/candidates", "rows", "counter", "Candidates that the engine answered"),
+    Metric("synthesize/accepted", "rows", "counter", "Candidates that became rows of the pool"),
+    Metric("synthesize/rejected", "rows", "counter", "Candidates that were dropped, with a reason"),
+    Metric("synthesize/output_tokens", "tokens", "counter", "Tokens that the engine generated"),
+    Metric("synthesize/engine_seconds", "seconds", "counter", "Time inside the engine, over replicas"),
+    Metric("curate/kept", "rows", "counter", "Rows that curation kept"),
+    Metric("curate/rejected", "rows", "counter", "Rows that curation dropped, with a reason"),
+    Metric("mix/task_rows", "rows", "gauge", "Task rows in the mixture"),
+    Metric("mix/diverse_rows", "rows", "gauge", "Diverse rows in the mixture"),
+    Metric("mix/diverse_ratio", "1", "gauge", "Diverse rows per task row"),
+    Metric("train/loss", "nats", "gauge", "Mean loss per trained token of the step"),
+    Metric("train/gradient_norm", "1", "gauge", "Norm of the gradient before clipping"),
+    Metric("train/learning_rate", "1", "gauge", "Learning rate of the step"),
+    Metric("train/trained_tokens", "tokens", "counter", "Tokens that took loss so far, all workers"),
+    Metric("train/tokens_per_second", "tokens/second", "gauge", "Trained tokens per second, all workers"),
+    Metric("train/step_seconds", "seconds", "gauge", "Wall time of one optimizer step"),
+    Metric("evaluate/score", "1", "gauge", "A suite's score; MLflow: one name for each, `score_name`"),
+    Metric("evaluate/off_task_kl", "nats", "gauge", "Divergence from the base off the task, per token"),
+    Metric("evaluate/rows", "rows", "counter", "Rows that were answered and scored"),
+    Metric("evaluate/engine_seconds", "seconds", "counter", "Time inside the engine, over replicas"),
+    Metric("search/trials", "trials", "counter", "Trials that ended"),
+    Metric("search/best_score", "1", "gauge", "Best dev score so far; noise included"),
+    Metric("search/trial_seconds", "seconds", "gauge", "Wall time of the last trial"),
+    Metric("adapt/stage", "1", "gauge", "Number of the stage that runs, from 1"),
+    Metric("adapt/stage_seconds", "seconds", "gauge", "Wall time of the stage that ended last"),
+    Metric("adapt/device_seconds", "seconds", "counter", "Reserved device time: what the run costs"),
+)
+
+_METRIC_BY_NAME = {metric.name: metric for metric in METRICS}
+_WORD = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
+_SCORE = re.compile(r"evaluate/[a-z0-9]+(_[a-z0-9]+)+")
+
+
+def prometheus_name(metric: Metric) -> str:
+    """Return the name to hand to `ray.util.metrics`: `delia_room_quantity`."""
+    return f"delia_{metric.name.replace('/', '_')}"
+
+
+def series_name(metric: Metric) -> str:
+    """Return the name that a query uses: Prometheus appends `_total` to a counter's.
+
+    Ray also puts `ray_` before every name; `dashboards/prometheus.yml` takes it off again.
+    """
+    return f"{prometheus_name(metric)}_total" if metric.kind == "counter" else prometheus_name(metric)
+
+
+def score_name(suite: str, metric: str) -> str:
+    """Return MLflow's name of a score: `evaluate/<suite>_<metric>`.
+
+    Raises:
+        ConfigError: A part is not of lower-case letters, digits and single underscores.
+    """
+    for part in (suite, metric):
+        if not _WORD.fullmatch(part):
+            raise ConfigError(
+                f"a suite and its metric are named with a-z, 0-9 and single underscores, got {part!r};"
+                " rename it in the task file"
+            )
+    return check_metric(f"evaluate/{suite}_{metric}")
+
+
+def check_metric(name: str) -> str:
+    """Return `name` if the table has it or it is a score's.
+
+    A name that is all but one of the table's is taken for a slip, not for a score.
+
+    Raises:
+        ConfigError: The name is unknown; the message has the nearest one.
+    """
+    if name in _METRIC_BY_NAME:
+        return name
+    if _SCORE.fullmatch(name) and not difflib.get_close_matches(name, _METRIC_BY_NAME, n=1, cutoff=0.9):
+        return name
+    near = difflib.get_close_matches(name, _METRIC_BY_NAME, n=1)
+    hint = f"did you mean {near[0]!r}? else " if near else ""
+    raise ConfigError(f"no metric {name!r} in delia.metrics.METRICS; {hint}add it to the table")

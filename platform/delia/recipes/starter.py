@@ -1,0 +1,190 @@
+"""Recipes on the embedded starter model: minutes on two CPU cores, the same code as on a cluster."""
+
+from delia.config import MethodConfig
+from delia.curate.pipeline import CurateConfig
+from delia.flow.adapt import AdaptConfig
+from delia.flow.pool import PoolConfig
+from delia.flow.promotion import PromoteConfig
+from delia.flow.reproduction import ReproduceConfig
+from delia.flow.trial import ArmConfig
+from delia.generate.engine import EngineConfig, SamplingConfig
+from delia.mix.mixture import MixConfig
+from delia.model.adapted import LoraConfig
+from delia.search.space import SearchConfig
+from delia.store.models import ModelConfig
+from delia.store.tasks import TaskConfig
+from delia.synthesize.pipeline import SourceConfig, SynthesizeConfig
+from delia.train.settings import StageConfig, TrainConfig
+
+STARTER = ModelConfig(path="package://delia.starter/weights")
+ENGINE = EngineConfig(num_replicas=2, max_model_len=512, batch_size=256)
+LORA = LoraConfig(rank=16, alpha=16, dropout=0.05)
+SELF_SAMPLED = MixConfig(diverse_ratio=10.0, shares={"magpie": 1.0})
+# sentences of a tiny world share most of their words: only equal instructions are duplicates or overlap
+CURATE = CurateConfig(near_duplicate_threshold=None, overlap_ngram=None)
+LORA_RATE = 2e-3
+
+
+def _magpie(num_rows: int) -> SourceConfig:
+    return SourceConfig(
+        name="magpie",
+        synthesizer=MethodConfig(method="delia.methods.synthesizer.magpie.Magpie"),
+        num_rows=num_rows,
+    )
+
+
+def _lora_stage(num_steps: int, *, token_learning_rate: float = 1e-2) -> StageConfig:
+    return StageConfig(
+        parts=("lora", "token_rows"),
+        max_steps=num_steps,
+        learning_rate=LORA_RATE,
+        token_learning_rate=token_learning_rate,
+        schedule="linear",
+    )
+
+
+def _rows_stage(num_steps: int, *, token_learning_rate: float = 3e-2) -> StageConfig:
+    return StageConfig(
+        parts=("token_rows",),
+        rows="token",
+        max_steps=num_steps,
+        token_learning_rate=token_learning_rate,
+        schedule="linear",
+    )
+
+
+ROWS_ONLY = TrainConfig(lora=None, stages=(_rows_stage(100, token_learning_rate=1e-2),))
+
+
+def starter_sep() -> AdaptConfig:
+    """Condense a long format instruction into `<sep>`: the quickstart."""
+    num_steps = 200
+    plain = TrainConfig(lora=LORA, stages=(_lora_stage(num_steps),))
+    return AdaptConfig(
+        name="starter_sep",
+        model=STARTER,
+        task=TaskConfig(path="package://delia.starter/tasks/sep"),
+        pool=PoolConfig(
+            synthesize=SynthesizeConfig(sources=(_magpie(1200),), sampling=SamplingConfig(max_tokens=96)),
+            curate=CURATE,
+        ),
+        arm=ArmConfig(
+            mix=SELF_SAMPLED,
+            train=TrainConfig(
+                lora=LORA,
+                token_init="stand_in",
+                stages=(
+                    _rows_stage(60, token_learning_rate=3e-3),
+                    StageConfig(parts=("lora",), max_steps=100, learning_rate=5e-4, schedule="linear"),
+                ),
+            ),
+        ),
+        baselines={
+            "plain": ArmConfig(mix=MixConfig(diverse_ratio=0.0), train=plain),
+            "delia": ArmConfig(mix=SELF_SAMPLED, train=plain),
+            "rows_only": ArmConfig(mix=MixConfig(diverse_ratio=0.0), train=ROWS_ONLY),
+        },
+        engine=ENGINE,
+        split="test",
+        max_concurrent_arms=2,
+    )
+
+
+def starter_lingo() -> AdaptConfig:
+    """Teach words of an invented language that the base has never seen translated."""
+    train = TrainConfig(lora=LORA, stages=(_lora_stage(300),))
+    return AdaptConfig(
+        name="starter_lingo",
+        model=STARTER,
+        task=TaskConfig(path="package://delia.starter/tasks/lingo"),
+        pool=PoolConfig(
+            synthesize=SynthesizeConfig(sources=(_magpie(2200),), sampling=SamplingConfig(max_tokens=96)),
+            curate=CURATE,
+        ),
+        arm=ArmConfig(mix=SELF_SAMPLED, train=train),
+        baselines={"plain": ArmConfig(mix=MixConfig(diverse_ratio=0.0), train=train)},
+        engine=ENGINE,
+        split="test",
+        max_concurrent_arms=2,
+    )
+
+
+def sep_hallucination() -> AdaptConfig:
+    """Adapt to the 100 real rows of the DELIA authors; give a chat model: `--set model.path=...`.
+
+    The starter as base is far too small for them: with it the job shows that nothing breaks.
+    """
+    starter = starter_sep()
+    return starter.model_copy(
+        update={
+            "name": "sep_hallucination",
+            "task": TaskConfig(
+                path="tests/data/sep-hallucination/train.jsonl",
+                tokens=("<sep>",),
+                metrics=("exact_match", "chrf"),
+                licence="MIT",
+                dev_fraction=0.1,
+                test_fraction=0.1,
+            ),
+            "engine": ENGINE.model_copy(update={"max_model_len": 2048}),
+            "arm": _with_length(starter.arm, 2048),
+            "baselines": {},
+        }
+    )
+
+
+def _with_length(arm: ArmConfig, max_length: int) -> ArmConfig:
+    train = arm.train.model_copy(update={"max_length": max_length, "micro_batch_size": 4})
+    return arm.model_copy(update={"train": train})
+
+
+def reproduce_sep() -> ReproduceConfig:
+    """Measure `starter_sep` under three seeds with all controls (`jobs/reproduce.py`)."""
+    recipe = starter_sep()
+    plain = recipe.baselines["plain"]
+    # at ratio 10 a batch of 32 holds 2.9 task rows: so many steps of plain tuning see as many of them
+    equal_exposures = round(plain.train.max_steps / 11)
+    variants = {
+        f"rate {rate:g}, {steps} steps": _plain_arm(steps, rate)
+        for rate in (5e-4, 2e-3)
+        for steps in (10, 30, 100)
+    }
+    return ReproduceConfig(
+        recipe=recipe,
+        extra_arms={
+            "plain, equal exposures": _plain_arm(equal_exposures, LORA_RATE),
+            **{f"{name}, stand-in start": _start_at_stand_in(arm) for name, arm in recipe.baselines.items()},
+        },
+        tuned=variants,
+        foreign=starter_lingo(),
+        narrow_word="capital",
+        num_few=15,
+        one_wording=True,
+    )
+
+
+def _plain_arm(num_steps: int, rate: float) -> ArmConfig:
+    stage = _lora_stage(num_steps).model_copy(
+        update={"learning_rate": rate, "warmup_steps": min(25, num_steps)}
+    )
+    train = TrainConfig(lora=LORA, stages=(stage,))
+    return ArmConfig(mix=MixConfig(diverse_ratio=0.0), train=train)
+
+
+def _start_at_stand_in(arm: ArmConfig) -> ArmConfig:
+    return arm.model_copy(update={"train": arm.train.model_copy(update={"token_init": "stand_in"})})
+
+
+def reproduce_lingo() -> ReproduceConfig:
+    """Measure `starter_lingo` under three seeds (`jobs/reproduce.py`)."""
+    return ReproduceConfig(recipe=starter_lingo())
+
+
+def search_starter_sep() -> SearchConfig:
+    """Search the ratio for `starter_sep` on one pool, scored on dev (`jobs/search.py`)."""
+    return SearchConfig(recipe=starter_sep())
+
+
+def promote_starter_sep() -> PromoteConfig:
+    """Make the candidate of `starter_sep` champion if the gate lets it (`jobs/promote.py`)."""
+    return PromoteConfig(recipe=starter_sep())

@@ -1,0 +1,272 @@
+"""Task files of any user -> Task, and back: an address -> rows by split, checked as a whole.
+
+    directory/  task.yaml  train.jsonl  dev.jsonl  test.jsonl   (or .parquet; dev and test may be absent)
+    rows.jsonl | rows.parquet                                   one file, split here
+    directory/  state.json ... | dataset_dict.json ...          saved by `datasets.save_to_disk`
+
+A file or a single dataset is split by the hash of each row's prompt: the rows of one prompt stay
+together, and a row keeps its split however the file grows. Files that are split already are taken as
+they are, so a split that is absent there is empty here.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import pyarrow.fs as pafs
+import yaml
+from pydantic import Field, model_validator
+
+from delia.config import FrozenConfig, validate
+from delia.errors import ConfigError, StoreError, TaskFileError
+from delia.rng import hash_text
+from delia.schema import SPLITS, SeedTask, Split, Task, hash_messages
+from delia.store.tables import join, list_names, open_filesystem, read_bytes, write_bytes
+from delia.store.task_columns import ColumnMapping, check_text, render_row
+from delia.store.task_files import DATASET_STATE, SUFFIXES, RawRow, read_json_object, read_raw_rows
+from delia.store.task_rows import (
+    PlacedRow,
+    at_place,
+    check_overlaps,
+    check_tokens,
+    name_rows,
+    parse_rows,
+    split_rows,
+)
+
+HEADER = "task.yaml"
+DATASET_SPLITS = "dataset_dict.json"
+SPLIT_BY_NAME: dict[str, Split] = {"train": "train", "dev": "dev", "validation": "dev", "test": "test"}
+
+
+class TaskConfig(FrozenConfig):
+    """Where a task lies and what it is; what is left empty here is taken from its `task.yaml`.
+
+    Fractions and seed split a single file; fractions are shares of prompts, 0 leaves a split empty.
+    `max_line_bytes` bounds a line of JSON Lines.
+    """
+
+    path: str = Field(min_length=1)
+    columns: ColumnMapping = ColumnMapping()
+    tokens: tuple[str, ...] = ()
+    long_instruction: str = ""
+    metrics: tuple[str, ...] = ()
+    licence: str = ""
+    dev_fraction: float = Field(default=0.1, ge=0, lt=1)
+    test_fraction: float = Field(default=0.1, ge=0, lt=1)
+    seed: int = 0
+    max_line_bytes: int = Field(default=32 << 20, gt=0)
+
+    @model_validator(mode="after")
+    def _leave_some_to_train(self) -> Self:
+        if self.dev_fraction + self.test_fraction >= 1:
+            raise ValueError("dev_fraction + test_fraction must be below 1, train gets the rest")
+        return self
+
+
+class TaskHeader(FrozenConfig):
+    """The keys of `task.yaml`; an empty name stands for the directory's."""
+
+    name: str = ""
+    tokens: tuple[str, ...] = ()
+    long_instruction: str = ""
+    metrics: tuple[str, ...] = ("exact_match",)
+    licence: str = ""
+    columns: ColumnMapping = ColumnMapping()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Form:
+    """What a path turned out to be; where `is_whole`, train is one file that is still to be split."""
+
+    address_by_split: dict[Split, str]
+    is_whole: bool = False
+    header: str | None = None
+
+
+def read_task(config: TaskConfig) -> Task:
+    """Read and check a task before any work is done on it.
+
+    Every split is a key of `rows_by_split`, in the order of its file. A row without an id gets its
+    content hash; the second of two equal rows gets another, so that ids name rows.
+
+    Raises:
+        TaskFileError: The first thing that is wrong, with the file and the line or row.
+    """
+    path = config.path.rstrip("/") or "/"
+    form = _find_form(path)
+    header = _read_header(form, path, config)
+    raw_by_split = {
+        split: read_raw_rows(address, max_line_bytes=config.max_line_bytes)
+        for split, address in form.address_by_split.items()
+    }
+    rows = parse_rows(raw_by_split, header.columns)
+    if form.is_whole:
+        fractions: dict[Split, float] = {"dev": config.dev_fraction, "test": config.test_fraction}
+        with at_place(path):
+            rows = split_rows(rows, fraction_by_split=fractions, seed=config.seed)
+    return _assemble(rows, header, path)
+
+
+def write_task(directory: str, task: Task) -> None:
+    """Write a task as a directory that `read_task` reads back, with an equal digest.
+
+    Split files that are there already are replaced. `task.yaml` comes last: without it the directory
+    is no task, so that a half-written one is never read.
+
+    Raises:
+        TaskFileError: `read_task` would refuse the task, or its digest is not that of its rows.
+    """
+    directory = directory.rstrip("/")
+    fields_by_split = {
+        split: [render_row(row) for row in task.rows_by_split.get(split, ())] for split in SPLITS
+    }
+    raw_by_split = {
+        split: [
+            RawRow(place=f"{join(directory, split)}.jsonl: line {number}", fields=fields)
+            for number, fields in enumerate(rows, start=1)
+        ]
+        for split, rows in fields_by_split.items()
+    }
+    header = TaskHeader(
+        name=task.name,
+        tokens=task.tokens,
+        long_instruction=task.long_instruction,
+        metrics=task.metrics,
+        licence=task.licence,
+        columns=ColumnMapping(layout="messages"),
+    )
+    digest = _assemble(parse_rows(raw_by_split, header.columns), header, directory).digest
+    if digest != task.digest:
+        raise TaskFileError(
+            f"{directory}: the task's digest {task.digest!r} is not that of its rows, {digest!r};"
+            " make it with digest_task"
+        )
+    _clear(directory)
+    for split, rows in fields_by_split.items():
+        if rows:
+            text = "".join(json.dumps(fields, ensure_ascii=False) + "\n" for fields in rows)
+            write_bytes(join(directory, f"{split}.jsonl"), text.encode())
+    tree = header.model_dump(mode="json", exclude_defaults=True)
+    text = yaml.safe_dump(tree, sort_keys=False)  # with allow_unicode, U+0085 comes back as a blank
+    write_bytes(join(directory, HEADER), text.encode())
+
+
+def digest_task(
+    rows_by_split: Mapping[Split, Sequence[SeedTask]], tokens: Sequence[str], long_instruction: str
+) -> str:
+    """Return the hash of every row in order, the tokens and the long instruction; 32 hex digits."""
+    hash_by_split = [
+        hash_text(
+            *(
+                hash_text(
+                    row.task_id,
+                    row.suite,
+                    row.phrasing,
+                    row.licence,
+                    hash_messages(row.messages),
+                    hash_messages(row.base_messages),
+                )
+                for row in rows_by_split.get(split, ())
+            )
+        )
+        for split in SPLITS
+    ]
+    return hash_text(hash_text(*tokens), long_instruction, *hash_by_split)
+
+
+def _find_form(path: str) -> _Form:
+    try:
+        filesystem, inner = open_filesystem(path)
+        kind = filesystem.get_file_info(inner).type
+        names = list_names(path) if kind == pafs.FileType.Directory else []
+    except (OSError, StoreError) as error:
+        raise TaskFileError(f"{path}: can't be read: {error}") from error
+    if kind == pafs.FileType.NotFound:
+        raise TaskFileError(f"{path}: no such file or directory; correct the task's path")
+    if HEADER in names:
+        files = [name for name in names if name.lower().endswith(SUFFIXES)]
+        return _Form(address_by_split=_match_splits(path, files), header=join(path, HEADER))
+    if DATASET_SPLITS in names:
+        splits = read_json_object(join(path, DATASET_SPLITS)).get("splits")
+        if not isinstance(splits, list):
+            raise TaskFileError(f"{path}: {DATASET_SPLITS} lists no splits; save the datasets again")
+        return _Form(address_by_split=_match_splits(path, [str(name) for name in splits]))
+    if kind == pafs.FileType.File or DATASET_STATE in names:
+        return _Form(address_by_split={"train": path}, is_whole=True)
+    raise TaskFileError(
+        f"{path}: no form of a task; a directory needs {HEADER} and train.jsonl, or is one that"
+        f" datasets.save_to_disk wrote; found {names[:20]}"
+    )
+
+
+def _match_splits(path: str, names: list[str]) -> dict[Split, str]:
+    found: dict[Split, str] = {}
+    for name in names:
+        split = SPLIT_BY_NAME.get(name.partition(".")[0])
+        if split is None:
+            raise TaskFileError(
+                f"{path}: {name!r} belongs to no split; call it {' or '.join(SPLIT_BY_NAME)}, or move it away"
+            )
+        if split in found:
+            raise TaskFileError(f"{path}: {found[split]!r} and {name!r} are both {split}; keep one")
+        found[split] = name
+    if "train" not in found:
+        raise TaskFileError(f"{path}: no train rows, found {names}; add train.jsonl")
+    return {split: join(path, found[split]) for split in SPLITS if split in found}
+
+
+def _read_header(form: _Form, path: str, config: TaskConfig) -> TaskHeader:
+    """Read `task.yaml` where there is one; what the settings say wins."""
+    name = path.rpartition("/")[2]
+    header = TaskHeader()
+    if form.header is not None:
+        try:
+            tree = yaml.safe_load(read_bytes(form.header).decode("utf-8-sig")) or {}
+        except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
+            raise TaskFileError(f"{form.header}: not YAML in UTF-8: {error}") from error
+        if not isinstance(tree, dict):
+            raise TaskFileError(f"{form.header}: names with values are needed, not {type(tree).__name__}")
+        try:
+            header = validate(TaskHeader, tree)
+        except ConfigError as error:
+            raise TaskFileError(
+                f"{form.header}: {error}; the keys are {list(TaskHeader.model_fields)}"
+            ) from error
+    settings = {key: value for key, value in config if key in TaskHeader.model_fields}
+    chosen = {key: value for key, value in settings.items() if value and value != ColumnMapping()}
+    stem = name.rpartition(".")[0] if name.lower().endswith(SUFFIXES) else name
+    return header.model_copy(update={"name": header.name or stem} | chosen)
+
+
+def _assemble(rows: list[PlacedRow], header: TaskHeader, path: str) -> Task:
+    """Name the rows, check what no row shows alone, and build the task."""
+    named = name_rows(rows)
+    check_overlaps(named)
+    with at_place(path):
+        for text in (header.name, header.long_instruction, header.licence, *header.tokens, *header.metrics):
+            check_text(text, f"a text of {HEADER} or of the settings")
+        check_tokens(header.tokens, named)
+    rows_by_split = {
+        split: tuple(placed.row for placed in named if placed.split == split) for split in SPLITS
+    }
+    return Task(
+        name=header.name,
+        digest=digest_task(rows_by_split, header.tokens, header.long_instruction),
+        rows_by_split=rows_by_split,
+        tokens=header.tokens,
+        long_instruction=header.long_instruction,
+        metrics=header.metrics,
+        licence=header.licence,
+    )
+
+
+def _clear(directory: str) -> None:
+    """Delete what an earlier task left, its header first."""
+    stale = {f"{name}{suffix}" for name in SPLIT_BY_NAME for suffix in SUFFIXES}
+    present = list_names(directory)
+    for name in [HEADER, *sorted(stale)]:
+        if name in present:
+            filesystem, path = open_filesystem(join(directory, name))
+            filesystem.delete_file(path)

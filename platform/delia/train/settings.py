@@ -1,0 +1,74 @@
+"""The settings of training, and the learning-rate schedules they name."""
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from delia.config import FrozenConfig
+from delia.model.adapted import LoraConfig, Part, TokenInit
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class StageConfig(FrozenConfig):
+    """One stretch of training: which parts move, on which rows, how fast, for how long.
+
+    `rows="token"` takes only the rows in which a declared token occurs: no other row has a gradient
+    for the token rows.
+    """
+
+    parts: tuple[Part, ...] = Field(default=("lora", "token_rows"), min_length=1)
+    rows: Literal["mixture", "token"] = "mixture"
+    max_steps: int = Field(gt=0)
+    learning_rate: float = Field(default=2e-4, ge=0)
+    token_learning_rate: float = Field(default=1e-2, ge=0)
+    warmup_steps: int = Field(default=25, ge=0)
+    schedule: Schedule = "constant"
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+class TrainConfig(FrozenConfig):
+    """How an adapter is trained; stages run one after the other on the same parameters."""
+
+    lora: LoraConfig | None = LoraConfig()
+    token_init: TokenInit = "reserved_row"
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    global_batch_size: int = Field(default=32, gt=0)
+    micro_batch_size: int = Field(default=16, gt=0)
+    max_length: int = 512
+    on_long: Literal["error", "drop", "truncate_prompt_left"] = "error"
+    train_on: Literal["last", "all"] = "last"
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    seed: int = 0
+    num_workers: int = Field(default=1, gt=0)
+    use_gpu: bool = False
+    num_cpus_per_worker: float = 1.0
+    checkpoint_every: int = Field(default=100, gt=0)
+    num_kept_checkpoints: int = Field(default=2, gt=0)
+    log_every: int = Field(default=10, gt=0)
+    max_failures: int = Field(default=3, ge=0)
+
+    @property
+    def max_steps(self) -> int:
+        """Return the optimizer steps of all stages together."""
+        return sum(stage.max_steps for stage in self.stages)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Return (stage index, step inside it) of a global step that starts at 0."""
+        start = 0
+        for index, stage in enumerate(self.stages):
+            if step < start + stage.max_steps:
+                return index, step - start
+            start += stage.max_steps
+        raise IndexError(f"step {step} is past the last stage")
+
+
+def scale_rate(stage: StageConfig, step: int) -> float:
+    """Return the factor of the peak learning rate at a step of the stage, the first being 0."""
+    if step < stage.warmup_steps:
+        return (step + 1) / stage.warmup_steps
+    if stage.schedule == "constant":
+        return 1.0
+    progress = (step - stage.warmup_steps) / max(1, stage.max_steps - stage.warmup_steps)
+    return 1.0 - progress if stage.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,289 @@
+"""Pools: equal for any number of replicas and after any restart, and never fewer rows than asked for."""
+
+import dataclasses
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from delia.config import MethodConfig
+from delia.curate.pipeline import CurateConfig
+from delia.errors import PoolError
+from delia.flow.pool import PoolConfig, build_pool, pool_fingerprint
+from delia.flow.workspace import Workspace, open_workspace
+from delia.generate.engine import EngineConfig, SamplingConfig
+from delia.schema import Message, SeedTask, Task
+from delia.store.models import ModelConfig
+from delia.store.pools import Pool, read_candidates, read_rejections
+from delia.store.tables import is_finished, merkle_root
+from delia.synthesize.pipeline import SourceConfig, SynthesizeConfig
+
+STARTER = ModelConfig(path="package://delia.starter/weights")
+SYSTEM = "name the colour of the red fox , the grey wolf and the black cat ."
+QUESTION = (Message(role="user", content="say fox in lingo"), Message(role="assistant", content="ka mu"))
+TASK = Task(
+    name="t",
+    digest="d",
+    rows_by_split={"train": (SeedTask(task_id="t0", messages=QUESTION),), "dev": (), "test": ()},
+)
+LOOSE = CurateConfig(near_duplicate_threshold=None, overlap_ngram=None, max_repeated_share=None)
+
+
+def make_config(
+    *,
+    num_rows: int = 24,
+    max_candidates: int | None = None,
+    curate: CurateConfig = LOOSE,
+    max_tokens: int = 16,
+) -> PoolConfig:
+    sources = tuple(
+        SourceConfig(
+            name=name,
+            synthesizer=MethodConfig(
+                method="delia.methods.synthesizer.magpie.Magpie", knobs={"system": f"{SYSTEM} {name}"}
+            ),
+            num_rows=num_rows // share,
+            max_candidates=max_candidates,
+        )
+        for name, share in (("web", 1), ("self", 2))
+    )
+    sampling = SamplingConfig(max_tokens=max_tokens)
+    synthesize = SynthesizeConfig(sources=sources, sampling=sampling, chunk_size=8)
+    return PoolConfig(synthesize=synthesize, curate=curate)
+
+
+def build(space: Workspace, config: PoolConfig | None = None, *, num_replicas: int | None = 1) -> Pool:
+    engine = None if num_replicas is None else EngineConfig(kind="scripted", num_replicas=num_replicas)
+    return build_pool(config or make_config(), space, engine=engine, log=lambda metrics, step: None)
+
+
+def list_chunks(space: Workspace) -> list[Path]:
+    return sorted((Path(space.output_dir) / "candidates").rglob("*.parquet"))
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return open_workspace(str(tmp_path_factory.mktemp("pool")), STARTER, TASK)
+
+
+@pytest.fixture(scope="module")
+def built(cluster: None, opened: Workspace) -> tuple[Workspace, Pool]:
+    """The pool that one replica makes."""
+    space = dataclasses.replace(opened, output_dir=f"{opened.output_dir}/one")
+    return space, build(space)
+
+
+@pytest.fixture
+def space(opened: Workspace, tmp_path: Path) -> Workspace:
+    return dataclasses.replace(opened, output_dir=str(tmp_path))
+
+
+@pytest.fixture
+def resumable(built: tuple[Workspace, Pool], space: Workspace) -> Workspace:
+    """A workspace with the candidates of `built`, and no pool."""
+    shutil.copytree(f"{built[0].output_dir}/candidates", f"{space.output_dir}/candidates")
+    return space
+
+
+def read_back(space: Workspace, config: PoolConfig | None = None) -> list[object]:
+    return read_rejections(space.address("pools", pool_fingerprint(config or make_config(), space)))
+
+
+# ---- one pool, whatever happens
+
+
+def test_two_replicas_make_the_pool_of_one(built, space):
+    pool = build(space, num_replicas=2)
+
+    assert pool.manifest == built[1].manifest
+    assert pool.rows == built[1].rows
+    assert read_back(space) == read_back(built[0])
+
+
+def test_a_restart_that_finds_half_of_the_chunks_makes_the_same_pool(built, resumable):
+    chunks = list_chunks(resumable)
+    for path in chunks[::2]:
+        path.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in list_chunks(resumable)}
+    pool = build(resumable, num_replicas=2)
+
+    assert pool.manifest == built[1].manifest
+    assert pool.rows == built[1].rows
+    assert len(kept) >= 2
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_stored_candidates_make_the_same_pool_with_no_engine(built, resumable):
+    before = list_chunks(resumable)
+
+    assert build(resumable, num_replicas=None).manifest == built[1].manifest
+    assert list_chunks(resumable) == before
+
+
+def test_a_finished_pool_is_read_and_not_made_again(built):
+    space, pool = built
+    logged: list[dict[str, float]] = []
+    again = build_pool(make_config(), space, engine=None, log=lambda metrics, step: logged.append(metrics))
+
+    assert again == pool
+    assert logged == []
+
+
+# ---- what a pool is
+
+
+def test_a_pool_has_as_many_rows_of_each_source_as_were_asked_for_in_index_order(built):
+    rows = built[1].rows
+
+    assert Counter(row.source for row in rows) == {"web": 24, "self": 12}
+    assert [(row.source, row.index) for row in rows] == sorted((row.source, row.index) for row in rows)
+    assert built[1].manifest.root == merkle_root([row.leaf for row in rows])
+
+
+def test_a_pool_is_the_accepted_part_of_the_first_candidates_that_suffice(built):
+    """Every candidate below a source's last row is in the pool or rejected; none above it is."""
+    space, pool = built
+    rejections = read_back(space)
+    for source in ("web", "self"):
+        accepted = {row.index for row in pool.rows if row.source == source}
+        rejected = {item.index for item in rejections if item.source == source}
+        assert accepted | rejected == set(range(max(accepted) + 1))
+        assert accepted & rejected == set()
+
+
+def test_every_rejection_is_kept_named_and_counted(built):
+    space, pool = built
+    rejections = read_back(space)
+    reasons = Counter(item.reason for item in rejections)
+
+    assert reasons["unfinished"] > 5
+    counts = {f"rejected_{reason}": count for reason, count in reasons.items()}
+    assert pool.manifest.counts == {"accepted": 36, **counts}
+    assert pool.manifest.details["output_tokens"] == sum(
+        i.num_output_tokens for i in (*pool.rows, *rejections)
+    )
+    assert pool.manifest.parents == {"model": space.model_id, "task": "d"}
+
+
+def test_the_last_metrics_that_are_logged_are_those_of_the_pool(built, resumable):
+    logged: dict[str, float] = {}
+    steps: list[int] = []
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        logged.update(metrics)
+        steps.append(step)
+
+    pool = build_pool(make_config(), resumable, engine=None, log=log)
+    num_rejected = len(read_back(resumable))
+
+    assert (logged["synthesize/accepted"], logged["synthesize/rejected"]) == (36, num_rejected)
+    assert logged["synthesize/output_tokens"] == pool.manifest.details["output_tokens"]
+    assert steps == sorted(steps)
+    assert steps[-1] == 36 + num_rejected
+
+
+# ---- other settings
+
+
+def test_a_changed_rule_curates_the_stored_candidates_again_into_a_pool_of_its_own(built, resumable):
+    short = LOOSE.model_copy(update={"max_output_tokens": 14})
+    strict = make_config(num_rows=4, max_candidates=32, curate=short)
+    pool = build(resumable, strict, num_replicas=None)
+    reasons = Counter(item.reason for item in read_back(resumable, strict))
+
+    assert max(row.num_output_tokens for row in pool.rows) <= 14
+    assert reasons["too_long"] > 0
+    assert pool.manifest.root != built[1].manifest.root
+    assert {row.row_id for row in pool.rows} <= {
+        item.row_id for path in list_chunks(resumable) for item in read_candidates(str(path))
+    }
+
+
+def test_dev_and_test_prompts_are_kept_out_of_a_pool(built, resumable):
+    """The first row of a source becomes a test row: it is rejected, and another takes its place."""
+    first = next(row for row in built[1].rows if row.source == "web")
+    held_out = SeedTask(task_id="x", messages=first.messages)
+    task = dataclasses.replace(TASK, rows_by_split={**TASK.rows_by_split, "test": (held_out,)}, digest="e")
+    config = make_config(num_rows=8)
+    pool = build(dataclasses.replace(resumable, task=task), config, num_replicas=None)
+    rejections = read_back(dataclasses.replace(resumable, task=task), config)
+
+    assert first.row_id not in {row.row_id for row in pool.rows}
+    assert {item.row_id for item in rejections if item.reason == "overlaps_eval"} == {first.row_id}
+
+
+def test_the_name_of_a_pool_changes_with_all_that_decides_its_rows(opened):
+    spaces = [
+        opened,
+        dataclasses.replace(opened, model_id="other"),
+        dataclasses.replace(opened, task=dataclasses.replace(TASK, digest="e")),
+        dataclasses.replace(opened, chat=dataclasses.replace(opened.chat, template_hash="f")),
+    ]
+    names = [pool_fingerprint(make_config(), item) for item in spaces]
+    names += [
+        pool_fingerprint(config, opened)
+        for config in (
+            make_config(num_rows=26),
+            make_config(max_tokens=17),
+            make_config(curate=CurateConfig()),
+        )
+    ]
+
+    assert len(set(names)) == len(names)
+    assert pool_fingerprint(make_config(), dataclasses.replace(opened, output_dir="/x")) == names[0]
+
+
+# ---- never silently less
+
+
+def test_a_source_that_runs_out_is_an_error_with_the_numbers_and_leaves_no_pool(resumable):
+    config = make_config(num_rows=400, max_candidates=16)
+    with pytest.raises(PoolError) as refused:
+        build(resumable, config, num_replicas=None)
+
+    message = str(refused.value)
+    assert message.startswith("source 'web' gave ")
+    num_accepted = int(message.split()[3])
+    num_unfinished = int(message.partition("'unfinished': ")[2].partition("}")[0])
+    assert f" {num_accepted} of 400 rows before its candidates ran out" in message
+    assert num_accepted + num_unfinished == 16
+    assert "raise max_candidates, loosen curate, or ask for fewer rows" in message
+    assert not is_finished(resumable.address("pools", pool_fingerprint(config, resumable)))
+
+
+def test_nothing_stored_and_no_engine_is_an_error_and_not_an_empty_pool(space):
+    with pytest.raises(PoolError, match=r"source 'web' gave 0 of 24 rows .* \(rejected: {}\)"):
+        build(space, num_replicas=None)
+
+
+# ---- the real engine
+
+
+@pytest.mark.soak
+def test_two_replicas_of_vllm_write_the_256_candidates_and_the_pool_of_one(cluster, opened, tmp_path):
+    source = SourceConfig(
+        name="magpie",
+        synthesizer=MethodConfig(method="delia.methods.synthesizer.magpie.Magpie"),
+        num_rows=100,
+        max_candidates=256,
+    )
+    sampling = SamplingConfig(max_tokens=64)
+    synthesize = SynthesizeConfig(sources=(source,), sampling=sampling, chunk_size=64)
+    everything = PoolConfig(
+        synthesize=synthesize.model_copy(update={"sources": (source.model_copy(update={"num_rows": 256}),)}),
+        curate=LOOSE,
+    )
+    candidates, roots = [], []
+    for num_replicas in (1, 2):
+        space = dataclasses.replace(opened, output_dir=str(tmp_path / str(num_replicas)))
+        engine = EngineConfig(kind="vllm", num_replicas=num_replicas, max_model_len=256)
+        with pytest.raises(PoolError, match="of 256 rows"):  # some are rejected, so all are generated
+            build_pool(everything, space, engine=engine, log=lambda metrics, step: None)
+        candidates.append([item for path in list_chunks(space) for item in read_candidates(str(path))])
+        config = PoolConfig(synthesize=synthesize, curate=LOOSE)
+        roots.append(build(space, config, num_replicas=None).manifest.root)
+
+    assert len(candidates[0]) == 256
+    assert candidates[0] == candidates[1]
+    assert roots[0] == roots[1]

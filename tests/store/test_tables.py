@@ -1,0 +1,176 @@
+"""Tables and manifests: whole or absent, on a local disk and on an object store."""
+
+import json
+
+import boto3
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
+
+from delia.errors import StoreError
+from delia.rng import hash_text
+from delia.store.tables import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    commit,
+    exists,
+    is_finished,
+    join,
+    list_names,
+    merkle_root,
+    open_filesystem,
+    read_bytes,
+    read_manifest,
+    read_table,
+    write_bytes,
+    write_table,
+)
+
+TABLE = pa.table({"text": ["a", "ä\n", None], "ids": [[1, 2], [], None]})
+MADE = Manifest(kind="pool", fingerprint="f" * 16, root="ab", counts={"accepted": 3}, parents={"task": "t"})
+LEAVES = st.lists(st.text("ab", min_size=1, max_size=3).map(hash_text), min_size=1, max_size=9, unique=True)
+
+
+@pytest.fixture(params=["path", "file", "s3"])
+def address(request, tmp_path, monkeypatch):
+    """A directory that does not exist yet: a path, a file URI and an object store's URI."""
+    if request.param != "s3":
+        yield str(tmp_path / "new" / "run") if request.param == "path" else (tmp_path / "new/run").as_uri()
+        return
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+    endpoint = f"http://{host}:{port}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="bucket")
+    yield f"s3://bucket/{tmp_path.name}/run"  # what is in a bucket outlives its server
+    server.stop()
+
+
+def test_what_is_written_is_read_back_from_any_storage(address):
+    assert not exists(address)
+    write_table(join(address, "parts", "0.parquet"), TABLE)
+    write_bytes(join(address, "note.txt"), b"\x00\xff")
+    assert not is_finished(address)
+    commit(address, MADE)
+
+    assert read_table(join(address, "parts", "0.parquet")).equals(TABLE)
+    assert read_bytes(join(address, "note.txt")) == b"\x00\xff"
+    assert read_manifest(address, kind="pool") == MADE
+    assert is_finished(address)
+    assert list_names(address) == ["manifest.json", "note.txt", "parts"]
+    assert list_names(join(address, "none")) == []
+
+
+def test_a_file_is_replaced_and_nothing_is_left_beside_it(address):
+    for data in (b"first, and longer", b"second"):
+        write_bytes(join(address, "note.txt"), data)
+
+    assert read_bytes(join(address, "note.txt")) == b"second"
+    assert list_names(address) == ["note.txt"]
+
+
+def test_a_write_that_breaks_off_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    address = str(tmp_path / "note.txt")
+    write_bytes(address, b"old")
+
+    def fail(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_bytes(address, b"new")
+    assert read_bytes(address) == b"old"
+
+
+def test_a_missing_file_is_named(address):
+    with pytest.raises(StoreError, match=r"no file at .*none\.txt"):
+        read_bytes(join(address, "none.txt"))
+
+
+def test_a_file_that_is_not_parquet_is_named(tmp_path):
+    write_bytes(str(tmp_path / "rows.parquet"), b"PAR1 half a file")
+
+    with pytest.raises(StoreError, match=r"rows\.parquet.* is not a Parquet file"):
+        read_table(str(tmp_path / "rows.parquet"))
+
+
+@pytest.mark.parametrize("address", ["gopher://host/x", "package://no_such_package/x"])
+def test_an_address_that_can_not_be_opened_is_refused_with_the_ways_out(address):
+    with pytest.raises(StoreError, match=f"can't open '{address}'.*use a local path, s3:// or gs://"):
+        open_filesystem(address)
+
+
+def test_a_package_address_is_a_directory_inside_the_installed_package():
+    assert {"dev.jsonl", "task.yaml"} <= set(list_names("package://delia.starter/tasks/sep"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "joined"),
+    [
+        (("/a/", "b", "c"), "/a/b/c"),
+        (("s3://a", "b", ""), "s3://a/b"),
+        (("a", ""), "a"),
+    ],
+)
+def test_names_are_joined_by_one_slash_and_empty_ones_left_out(parts, joined):
+    assert join(*parts) == joined
+
+
+def test_a_directory_without_a_manifest_is_unfinished_and_is_resumed_by_its_job(tmp_path):
+    write_table(str(tmp_path / "rows.parquet"), TABLE)
+
+    assert not is_finished(str(tmp_path))
+    with pytest.raises(StoreError, match=r"has no manifest\.json: it is unfinished; run its job again"):
+        read_manifest(str(tmp_path), kind="pool")
+
+
+def test_a_directory_of_another_kind_is_refused_with_both_kinds(tmp_path):
+    commit(str(tmp_path), MADE)
+
+    with pytest.raises(StoreError, match="holds a 'pool', a 'mixture' is needed here"):
+        read_manifest(str(tmp_path), kind="mixture")
+
+
+def test_a_newer_format_is_refused_before_its_fields_are_looked_at(tmp_path):
+    tree = {"format_version": FORMAT_VERSION + 1, "new_field": 1}
+    write_bytes(str(tmp_path / MANIFEST), json.dumps(tree).encode())
+
+    with pytest.raises(StoreError, match=f"version {FORMAT_VERSION + 1}.* up to {FORMAT_VERSION}; upgrade"):
+        read_manifest(str(tmp_path), kind="pool")
+
+
+def test_the_root_of_three_leaves_worked_by_hand():
+    """Level 1: hash(a b), hash(c c); an odd level says its last leaf twice."""
+    from xxhash import xxh3_128_digest as digest
+
+    a, b, c = (digest(name) for name in (b"a", b"b", b"c"))
+
+    assert merkle_root([a.hex(), b.hex(), c.hex()]) == digest(digest(a + b) + digest(c + c)).hex()
+    assert merkle_root([a.hex()]) == a.hex()
+    assert merkle_root([]) == digest(b"").hex()
+
+
+@given(LEAVES, st.data())
+def test_a_changed_a_moved_and_a_missing_leaf_each_change_the_root(leaves, data):
+    root, place = merkle_root(leaves), data.draw(st.integers(0, len(leaves) - 1))
+    changed = [*leaves[:place], hash_text("changed"), *leaves[place + 1 :]]
+    moved = [*leaves[:place], *leaves[place + 1 :], leaves[place]]
+
+    assert merkle_root(changed) != root
+    assert (merkle_root(moved) == root) is (moved == leaves)
+    assert merkle_root(leaves[:-1]) != root
+
+
+@given(LEAVES)
+def test_a_root_does_not_change_the_list_of_leaves(leaves):
+    before = list(leaves)
+    merkle_root(leaves)
+
+    assert leaves == before

@@ -1,0 +1,256 @@
+"""Candidates by chunk: in index order, kept, found again, and equal however they were made."""
+
+import dataclasses
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from delia.config import MethodConfig
+from delia.errors import ConfigError
+from delia.generate.engine import EngineConfig, SamplingConfig
+from delia.rng import hash_text
+from delia.schema import Message, Row, SeedTask, Task
+from delia.store.models import ModelConfig
+from delia.store.pools import Candidate
+from delia.store.tables import list_names
+from delia.synthesize.pipeline import Dialogue, SourceConfig, SynthesizeConfig, plan_chunks, synthesize
+
+STARTER = ModelConfig(path="package://delia.starter/weights")
+MAGPIE = "delia.methods.synthesizer.magpie.Magpie"
+ENGINE = EngineConfig(kind="scripted")
+SYSTEM = "name the colour of the red fox , the grey wolf and the black cat ."
+SEED = SeedTask(
+    task_id="t0",
+    phrasing="in lingo",
+    messages=(Message(role="user", content="say fox in lingo"), Message(role="assistant", content="ka mu")),
+)
+TASK = Task(name="t", digest="d", rows_by_split={"train": (SEED,), "dev": (), "test": ()})
+
+
+def make_source(
+    name: str = "magpie", *, system: str = SYSTEM, num_rows: int = 10, **fields: int
+) -> SourceConfig:
+    method = MethodConfig(method=MAGPIE, knobs={"system": system})
+    return SourceConfig(name=name, synthesizer=method, num_rows=num_rows, **fields)
+
+
+def make_config(*sources: SourceConfig, chunk_size: int = 8, max_tokens: int = 16) -> SynthesizeConfig:
+    sampling = SamplingConfig(max_tokens=max_tokens)
+    return SynthesizeConfig(sources=sources or (make_source(),), sampling=sampling, chunk_size=chunk_size)
+
+
+def run(config: SynthesizeConfig, address: Path, *, task: Task = TASK, engine: EngineConfig | None = ENGINE):
+    return synthesize(config, model=STARTER, engine=engine, task=task, task_tokens={}, address=str(address))
+
+
+def flatten(chunks: list[list[Candidate]]) -> list[Candidate]:
+    return [candidate for chunk in chunks for candidate in chunk]
+
+
+def find_recipe(
+    config: SynthesizeConfig,
+    *,
+    seeds: tuple[SeedTask, ...] = (SEED,),
+    long: str = "",
+    model: ModelConfig = STARTER,
+) -> str:
+    return Dialogue(config, model, {}, seeds, long).part(config.sources[0].name)[1].recipe
+
+
+# ---- chunks
+
+
+def test_chunks_of_one_source_cover_four_candidates_a_row_without_gap_or_overlap():
+    chunks = plan_chunks(make_config(make_source(num_rows=10), chunk_size=8))
+
+    assert [(chunk.start, chunk.stop) for chunk in chunks] == [(s, s + 8) for s in range(0, 40, 8)]
+    assert chunks[1].name == "000000008-000000016.parquet"
+
+
+def test_max_candidates_bounds_the_chunks_in_whole_chunks():
+    chunks = plan_chunks(make_config(make_source(max_candidates=17), chunk_size=8))
+
+    assert [chunk.stop for chunk in chunks] == [8, 16, 24]
+
+
+def test_chunks_of_two_sources_are_interleaved_in_proportion_to_their_rows():
+    chunks = plan_chunks(
+        make_config(make_source("a", num_rows=20), make_source("b", system="x", num_rows=10))
+    )
+
+    assert [chunk.source for chunk in chunks[:6]] == ["a", "b", "a", "a", "b", "a"]
+    assert [sum(chunk.source == name for chunk in chunks) for name in "ab"] == [10, 5]
+
+
+@pytest.mark.parametrize("order_seed", [None, 1, 2, 3])
+def test_candidates_come_in_index_order_whichever_batch_is_done_first(local_stage, tmp_path, order_seed):
+    local_stage(order_seed)
+    config = make_config(make_source("a"), make_source("b", system="the owl"))
+    chunks = list(run(config, tmp_path))
+
+    for name in "ab":
+        assert [item.index for item in flatten(chunks) if item.source == name] == list(range(40))
+    assert all(len({item.source for item in chunk}) == 1 for chunk in chunks)
+
+
+def test_candidates_are_equal_in_any_order_and_in_chunks_of_any_size(local_stage, tmp_path):
+    results = []
+    for order_seed, size in ((None, 8), (5, 8), (6, 20)):
+        local_stage(order_seed)
+        results.append(flatten(list(run(make_config(chunk_size=size), tmp_path / f"{order_seed}"))))
+
+    assert results[0] == results[1] == results[2]
+    assert sum(isinstance(item, Row) for item in results[0]) > 10
+
+
+def test_a_reader_that_stops_ends_generation_and_keeps_what_is_whole(local_stage, tmp_path):
+    stage = local_stage()
+    chunks = run(make_config(), tmp_path)
+    next(chunks)
+    chunks.close()
+
+    assert len(stage.answered) == 8
+    assert list_names(str(tmp_path / find_recipe(make_config()))) == ["000000000-000000008.parquet"]
+
+
+# ---- stored candidates
+
+
+def test_a_stored_chunk_is_not_generated_again(local_stage, tmp_path):
+    local_stage()
+    first = flatten(list(run(make_config(), tmp_path)))
+    folder = tmp_path / find_recipe(make_config())
+    for path in sorted(folder.iterdir())[1::2]:
+        path.unlink()
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    stage = local_stage(4)
+    again = flatten(list(run(make_config(), tmp_path)))
+
+    assert again == first
+    assert {int(name.partition(":")[2]) for name in stage.answered} == {*range(8, 16), *range(24, 32)}
+    assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
+
+
+def test_without_an_engine_what_is_stored_is_yielded_up_to_the_first_gap_and_nothing_is_generated(
+    local_stage, tmp_path
+):
+    local_stage()
+    first = flatten(list(run(make_config(), tmp_path)))
+    stage = local_stage()
+    (tmp_path / find_recipe(make_config()) / "000000024-000000032.parquet").unlink()
+
+    assert flatten(list(run(make_config(), tmp_path, engine=None))) == first[:24]
+    assert list(run(make_config(), tmp_path / "other", engine=None)) == []
+    assert stage.answered == []
+
+
+def test_what_a_killed_job_left_half_written_is_not_taken_for_a_chunk(local_stage, tmp_path):
+    folder = tmp_path / find_recipe(make_config())
+    folder.mkdir()
+    (folder / "000000000-000000008.parquet.partial-77").write_bytes(b"PAR1")
+    stage = local_stage()
+
+    assert len(flatten(list(run(make_config(), tmp_path)))) == 40
+    assert len(stage.answered) == 40
+
+
+def test_a_larger_pool_under_another_name_reuses_the_chunks_and_its_rows_bear_its_name(local_stage, tmp_path):
+    local_stage()
+    first = flatten(list(run(make_config(), tmp_path)))
+    stage = local_stage()
+    renamed = make_config(make_source("self", num_rows=12))
+    again = flatten(list(run(renamed, tmp_path)))
+
+    assert [int(name.partition(":")[2]) for name in stage.answered] == list(range(40, 48))
+    assert {item.source for item in again} == {"self"}
+    assert [item.row_id for item in again[:40]] == [item.row_id for item in first]
+
+
+# ---- identity
+
+
+def test_a_row_id_is_the_hash_of_its_recipe_and_its_index(local_stage, tmp_path):
+    local_stage()
+    recipe = find_recipe(make_config())
+    candidates = flatten(list(run(make_config(), tmp_path)))
+
+    assert [item.row_id for item in candidates] == [hash_text(recipe, str(index)) for index in range(40)]
+
+
+def test_whatever_decides_the_text_changes_the_recipe(tmp_path):
+    """Another knob, sampling, model, long instruction, seed text, phrasing or seed id; none of them alike."""
+    weights = tmp_path / "weights"
+    shutil.copytree(Path("platform/delia/starter/weights").resolve(), weights)
+    config = weights / "config.json"
+    config.write_text(config.read_text() + "\n")
+    other_text = (Message(role="user", content="say cat in lingo"), SEED.messages[1])
+    recipes = [
+        find_recipe(make_config()),
+        find_recipe(make_config(make_source(system="other"))),
+        find_recipe(make_config(max_tokens=17)),
+        find_recipe(make_config(), model=ModelConfig(path=str(weights))),
+        find_recipe(make_config(), long="at length"),
+        find_recipe(make_config(), seeds=(dataclasses.replace(SEED, messages=other_text),)),
+        find_recipe(make_config(), seeds=(dataclasses.replace(SEED, phrasing="fox"),)),
+        find_recipe(make_config(), seeds=(dataclasses.replace(SEED, task_id="t1"),)),
+        find_recipe(make_config(), seeds=()),
+    ]
+
+    assert len(set(recipes)) == len(recipes)
+
+
+def test_what_decides_no_text_leaves_the_recipe_as_it_is():
+    other = make_config(make_source("self", num_rows=99, max_candidates=100), chunk_size=64)
+
+    assert find_recipe(other) == find_recipe(make_config())
+
+
+def test_rows_and_rejections_carry_their_source_their_reason_and_their_cost(local_stage, tmp_path):
+    local_stage()
+    candidates = flatten(list(run(make_config(), tmp_path)))
+    rows = [item for item in candidates if isinstance(item, Row)]
+    rejections = [item for item in candidates if not isinstance(item, Row)]
+
+    assert len(rows) > 10
+    assert {item.reason for item in rejections} == {"unfinished"}
+    assert [item for item in rejections if item.num_output_tokens != 16] == []
+    for row in rows:
+        assert [message.role for message in row.messages] == ["system", "user", "assistant"]
+        assert row.messages[0].content == SYSTEM
+        assert row.num_prompt_tokens > len(SYSTEM.split())
+    assert all(before.index < after.index for before, after in pairwise(candidates))
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("sources", "reason"),
+    [
+        ([], "sources"),
+        ([make_source("a"), make_source("a", system="x")], r"names of their own, got \['a', 'a'\]"),
+        ([make_source("a"), make_source("b")], "one method with equal knobs give the same rows"),
+    ],
+)
+def test_sources_that_can_not_be_told_apart_are_refused(sources, reason):
+    with pytest.raises(ValidationError, match=reason):
+        SynthesizeConfig(sources=tuple(sources))
+
+
+@pytest.mark.parametrize("fields", [{"name": "a:b"}, {"name": ""}, {"num_rows": 0}, {"max_candidates": 0}])
+def test_a_source_without_a_usable_name_or_number_is_refused(fields):
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        SourceConfig(**{"name": "a", "synthesizer": MethodConfig(method=MAGPIE), "num_rows": 1, **fields})
+
+
+def test_a_method_outside_the_methods_is_refused_before_anything_is_generated(local_stage, tmp_path):
+    stage = local_stage()
+    source = SourceConfig(name="a", synthesizer=MethodConfig(method="os.getcwd"), num_rows=1)
+
+    with pytest.raises(ConfigError, match="--allow-module os"):
+        list(run(make_config(source), tmp_path))
+    assert stage.answered == []
+    assert list_names(str(tmp_path)) == []

@@ -1,0 +1,173 @@
+"""A tiny Llama, rows to train on, Ray Train for real, and its part played in this process."""
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from delia.model.adapted import LoraConfig
+from delia.starter.tokenizer import build_tokenizer
+from delia.store.adapters import read_tensors
+from delia.store.models import ModelConfig
+from delia.train.launch import run_training
+from delia.train.loop import ADAPTER_FOLDER, TrainInput, train_worker
+from delia.train.settings import StageConfig, TrainConfig
+
+TOKEN = 7
+MakeInput = Callable[..., TrainInput]
+
+
+@dataclass
+class Run:
+    """What a run logged, by step, and left."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    checkpoints: dict[int, Path] = field(default_factory=dict)
+    adapter: Path | None = None
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors by name."""
+        assert self.adapter is not None, "the run did not reach its end"
+        return read_tensors(self.adapter)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> ModelConfig:
+    """Weights wide enough that a few steps are seen in the loss."""
+    directory = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return ModelConfig(path=str(directory))
+
+
+@pytest.fixture(scope="session")
+def make_input(tiny_llama) -> MakeInput:
+    """Return a function of settings; the first 8 of 24 rows are the task's, every third has the token."""
+    rng = random.Random(0)
+    rows = []
+    for number in range(24):
+        ids = [rng.randrange(30, 60) for _ in range(rng.randint(5, 14))]
+        if number % 3 == 0:
+            ids[1] = TOKEN
+        start = rng.randint(2, len(ids) - 2)
+        rows.append((tuple(ids), (False,) * start + (True,) * (len(ids) - start)))
+
+    def make(*, token_ids: tuple[int, ...] = (TOKEN,), dropout: float = 0.0, **settings: Any) -> TrainInput:
+        stages = (StageConfig(max_steps=12, learning_rate=1e-2, token_learning_rate=3e-2, warmup_steps=3),)
+        standard = {
+            "stages": stages,
+            "lora": LoraConfig(rank=4, alpha=8, dropout=dropout),
+            "global_batch_size": 7,
+            "micro_batch_size": 3,
+            "checkpoint_every": 6,
+            "log_every": 1,
+            "seed": 3,
+        }
+        return TrainInput(
+            model=tiny_llama,
+            config=TrainConfig(**(standard | settings)),
+            rows=tuple(rows),
+            is_task=(True,) * 8 + (False,) * 16,
+            has_token=tuple(TOKEN in ids for ids, _ in rows),
+            token_ids=token_ids,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def world_of_one(tmp_path_factory) -> Iterator[None]:
+    """A gloo group of this process alone."""
+    file = tmp_path_factory.mktemp("gloo") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def train_here(monkeypatch, tmp_path_factory, world_of_one) -> Callable[..., Run]:
+    """Return a function that runs a worker in this process, from a checkpoint if one is given.
+
+    Real model, FSDP2, optimizer and DCP; of Ray Train only the four calls that a worker makes.
+    """
+
+    def train(task: TrainInput, checkpoint: Path | None = None) -> Run:
+        run, folder = Run(), tmp_path_factory.mktemp("checkpoints")
+
+        def report(metrics: dict[str, int], checkpoint: Checkpoint) -> None:
+            kept = folder / str(metrics["step"])
+            shutil.copytree(checkpoint.path, kept)
+            run.checkpoints[metrics["step"]] = kept
+            if (kept / ADAPTER_FOLDER).is_dir():
+                run.adapter = kept / ADAPTER_FOLDER
+
+        played = SimpleNamespace(
+            get_context=lambda: SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1),
+            get_checkpoint=lambda: Checkpoint.from_directory(checkpoint) if checkpoint else None,
+            report=report,
+        )
+        monkeypatch.setattr("delia.train.loop.ray", SimpleNamespace(get=lambda value: value, train=played))
+
+        def log(metrics: dict[str, float], step: int) -> None:
+            assert step not in run.losses, f"step {step} was logged twice"
+            run.losses[step] = metrics["train/loss"]
+
+        train_worker({"input": [task], "log": log})
+        return run
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def train_on_ray(cluster, tmp_path_factory) -> Callable[..., Run]:
+    """Return a function that trains on Ray Train; equal storage and name go on from each other."""
+
+    def train(task: TrainInput, *, storage: Path | None = None) -> Run:
+        run, folder = Run(), tmp_path_factory.mktemp("ray-train")
+
+        def log(metrics: dict[str, float], step: int) -> None:
+            run.losses[step] = metrics["train/loss"]
+
+        storage = storage or folder
+        run_training(task, name="run", storage=str(storage), output=str(folder / "adapter"), log=log)
+        run.adapter = folder / "adapter"
+        kept = sorted(item for item in (storage / "run").glob("checkpoint_*") if item.is_dir())
+        run.checkpoints = dict(zip((6, 12), kept, strict=True))
+        return run
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def run_of_one(train_on_ray, make_input) -> Run:
+    """Twelve steps on one worker, checkpoints at 6 and 12."""
+    return train_on_ray(make_input())
+
+
+@pytest.fixture(scope="session")
+def run_of_two(train_on_ray, make_input) -> Run:
+    """The same twelve steps on two workers."""
+    return train_on_ray(make_input(num_workers=2))
