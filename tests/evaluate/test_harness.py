@@ -115,6 +115,7 @@ def test_other_scores_get_a_bootstrap_over_phrasings():
         phrasings=phrasings,
         completions=("",) * 6,
         token_ids=((),) * 6,
+        logprobs=((),) * 6,
         scores={"chrf": (0.25, 0.5, 0.75, 1.0, 0.0, 0.5)},
     )
     expected = mean_interval([0.25, 0.5, 0.75, 1.0, 0.5], ["p", "p", "q", "q", "r"], seed=0)

@@ -9,12 +9,12 @@ import torch
 
 from delia.errors import EngineError, ExportError
 from delia.evaluate.harness import BASE, EvalReport, EvaluateConfig, evaluate
-from delia.flow.verify import choose_rows, measure_drift, verify_export
+from delia.flow.verify import MAX_GAP_NATS, choose_rows, measure_drift, verify_export
 from delia.flow.workspace import Workspace, open_workspace
 from delia.generate.engine import EngineConfig
 from delia.model.adapted import LoraConfig, attach, collect
 from delia.model.loading import load_base
-from delia.model.logprobs import continue_greedily, load_adapted
+from delia.model.logprobs import continue_greedily, load_adapted, score_sequences
 from delia.schema import Message, SeedTask, Task
 from delia.store.adapters import CONFIG, write_adapter
 from delia.store.models import ModelConfig
@@ -68,11 +68,26 @@ def adapters(space, tmp_path_factory) -> dict[str, str]:
     return addresses
 
 
-def make_report(token_ids: tuple[tuple[int, ...], ...]) -> EvalReport:
+def make_report(token_ids: tuple[tuple[int, ...], ...], logprobs) -> EvalReport:
     names = tuple(row.task_id for row in ROWS)
     return EvalReport(
-        task_ids=names, suites=names, phrasings=names, completions=names, token_ids=token_ids, scores={}
+        task_ids=names,
+        suites=names,
+        phrasings=names,
+        completions=names,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        scores={},
     )
+
+
+def score_answers(model, prompts, answers) -> tuple[tuple[float, ...], ...]:
+    """Return the log-probability of each id of each answer."""
+    sequences = [
+        ([*prompt, *ids], [False] * len(prompt) + [True] * len(ids))
+        for prompt, ids in zip(prompts, answers, strict=True)
+    ]
+    return tuple(tuple(scores.tolist()) for scores in score_sequences(model, sequences))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +100,9 @@ def reports(space, adapters) -> dict[str, EvalReport]:
         label: tuple(continue_greedily(model, prompts, max_tokens=MAX_TOKENS, end_ids=space.chat.end_ids))
         for label, model in models.items()
     }
-    return {label: make_report(token_ids) for label, token_ids in answers.items()}
+    return {
+        label: make_report(ids, score_answers(models[label], prompts, ids)) for label, ids in answers.items()
+    }
 
 
 def verify(space: Workspace, address: str, report: EvalReport, *, num_rows: int = 8):
@@ -128,6 +145,8 @@ def test_an_export_that_is_served_as_trained_passes_with_its_numbers(cluster, sp
     assert reports["trained"].token_ids != reports["base"].token_ids, "the adapter is too weak to be seen"
     result = verify(space, adapters["trained"], reports["trained"])
     assert (result.num_prompts, result.num_equal, result.first_divergence) == (4, 4, "")
+    assert result.dtype == "float32"
+    assert result.mean_gap_nats == pytest.approx(0.0, abs=1e-5)
     assert result.mean_change_nats > 0.1
 
 
@@ -149,6 +168,40 @@ def test_one_changed_token_is_seen_and_shown(cluster, space, adapters, reports):
     with pytest.raises(ExportError, match="1 of 4 greedy completions differ") as caught:
         verify(space, adapters["trained"], replace(reports["trained"], token_ids=tuple(ids)))
     assert f"first: HF {reports['trained'].token_ids[2]} against vLLM {ids[2]}" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def space_in_bfloat16(space) -> Workspace:
+    return replace(space, model=STARTER.model_copy(update={"dtype": "bfloat16"}))
+
+
+def shift(report: EvalReport, nats: float) -> EvalReport:
+    return replace(report, logprobs=tuple(tuple(x + nats for x in row) for row in report.logprobs))
+
+
+def test_rounded_engines_may_differ_in_ids_but_not_in_log_probabilities(
+    cluster, space_in_bfloat16, adapters, reports
+):
+    """In bfloat16 two engines round apart: what each thinks of the same ids must still agree."""
+    prompts = [space_in_bfloat16.chat.encode_prompt(row.prompt) for row in ROWS]
+    model = load_adapted(space_in_bfloat16.model, Path(adapters["trained"]))
+    ids = list(reports["trained"].token_ids)
+    ids[2] = ids[2][:-1]  # the second row with the token
+    report = make_report(tuple(ids), score_answers(model, prompts, ids))
+
+    result = verify(space_in_bfloat16, adapters["trained"], shift(report, -0.04))
+    assert (result.dtype, result.num_prompts) == ("bfloat16", 4)
+    assert result.num_equal < 4
+    assert result.mean_gap_nats == pytest.approx(0.04, rel=0.05)
+    with pytest.raises(ExportError, match=r"by 0.06 nats a token, over the 0.05 that bfloat16 explains"):
+        verify(space_in_bfloat16, adapters["trained"], shift(report, 0.06))
+
+
+def test_an_engine_that_ignores_the_adapter_does_not_pass_in_bfloat16_either(
+    cluster, space_in_bfloat16, adapters, reports
+):
+    with pytest.raises(ExportError, match="nats a token, over the 0.05"):
+        verify(space_in_bfloat16, adapters["trained"], reports["base"])
 
 
 def test_an_adapter_that_would_kill_an_engine_is_refused_before_it_is_loaded(
@@ -174,24 +227,38 @@ def test_drift_is_what_the_adapter_does_to_the_bases_own_text(cluster, space, ad
     assert drift["trained"] > 0.05
 
 
-@pytest.mark.system
-def test_vllm_serves_what_was_trained_token_for_token(cluster, space, adapters, reports):
+def serve_by_vllm(space: Workspace, adapters: dict[str, str], model: ModelConfig) -> dict[str, EvalReport]:
     rows = tuple(
         replace(row, messages=(*row.messages, Message(role="assistant", content="no"))) for row in ROWS
     )
-    served = evaluate(
+    return evaluate(
         {"base": BASE, **adapters},
         rows,
         EvaluateConfig(max_tokens=MAX_TOKENS),
-        model=STARTER,
+        model=model,
         engine=EngineConfig(kind="vllm", max_model_len=128, max_num_seqs=32, lora_rank=LORA.rank),
         chat=space.chat,
         metrics=("exact_match",),
     )
+
+
+@pytest.mark.system
+def test_vllm_serves_what_was_trained_token_for_token(cluster, space, adapters, reports):
+    served = serve_by_vllm(space, adapters, STARTER)
     assert {label: report.token_ids for label, report in served.items()} == {
         label: report.token_ids for label, report in reports.items()
     }
     result = verify(space, adapters["trained"], served["trained"])
     assert (result.num_prompts, result.num_equal) == (4, 4)
+    assert result.mean_gap_nats < 1e-3, "vLLM's log-probabilities are not those of its ids"
     with pytest.raises(ExportError, match="the adapter is ignored or was not trained"):
         verify(space, adapters["untrained"], served["untrained"])
+
+
+@pytest.mark.system
+def test_vllm_in_bfloat16_agrees_with_hf_within_rounding(cluster, space_in_bfloat16, adapters):
+    served = serve_by_vllm(space_in_bfloat16, adapters, space_in_bfloat16.model)
+    result = verify(space_in_bfloat16, adapters["trained"], served["trained"])
+    assert 0 < result.mean_gap_nats <= MAX_GAP_NATS["bfloat16"]
+    with pytest.raises(ExportError, match="over the 0.05 that bfloat16 explains"):
+        verify(space_in_bfloat16, adapters["trained"], served["base"])

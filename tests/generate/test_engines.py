@@ -121,6 +121,17 @@ def test_the_end_token_is_not_part_of_an_answer(engine, requests, chat):
     assert [item for item in completions if set(item.token_ids) & set(chat.end_ids)] == []
 
 
+def test_greedy_answers_come_with_the_log_probability_of_each_id_and_sampled_ones_with_none(
+    engine, requests, chat
+):
+    greedy = engine.generate(requests, GREEDY, end_ids=chat.end_ids)
+    sampled = engine.generate(requests, SAMPLED, end_ids=chat.end_ids)
+
+    assert [len(item.logprobs) for item in greedy] == [len(item.token_ids) for item in greedy]
+    assert all(value <= 0 for item in greedy for value in item.logprobs)
+    assert {item.logprobs for item in sampled} == {()}
+
+
 def test_equal_seeds_give_equal_tokens_and_other_seeds_others(engine, requests, chat):
     first, again = (engine.generate(requests, SAMPLED, end_ids=chat.end_ids) for _ in range(2))
     others = [engine.generate(reseed(requests, seed), SAMPLED, end_ids=chat.end_ids) for seed in (7, 8, 9)]

@@ -21,6 +21,7 @@ def make_report(follow: float, general: float, num_rows: int = 200) -> EvalRepor
         phrasings=tuple(str(i // 10) for i in range(size)),
         completions=("",) * size,
         token_ids=((),) * size,
+        logprobs=((),) * size,
         scores={"exact_match": tuple(scores)},
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from ray.job_submission import JobSubmissionClient
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -64,7 +65,7 @@ def head(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         )
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        _wait_for(dashboard, process, log)
+        _wait_until_it_takes_jobs(address, process, log)
         yield address
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -74,15 +75,19 @@ def head(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_it_takes_jobs(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Submit a job that does nothing until one is taken: the port opens before the node's agent is there."""
+    refusal: Exception | None = None
     for _ in range(300):
         assert process.poll() is None, log.read_text()
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                time.sleep(5)  # the job endpoint answers a little after the port does
-                return
-        time.sleep(1)
-    raise AssertionError(f"the dashboard did not open its port: {log.read_text()}")
+        try:
+            JobSubmissionClient(address).submit_job(entrypoint="true")
+        except (ConnectionError, RuntimeError) as error:
+            refusal = error
+            time.sleep(1)
+        else:
+            return
+    raise AssertionError(f"the head node took no job: {refusal}; {log.read_text()}")
 
 
 def test_delia_is_not_installed_in_the_bare_environment(bare_python: Path) -> None:

@@ -36,7 +36,8 @@ class EvaluateConfig(FrozenConfig):
 class EvalReport:
     """Scores of one adapter, a row of a suite each; arrays run parallel.
 
-    `scores[metric]` are in 0..1; `token_ids` are the greedy completions without the end token.
+    `scores[metric]` are in 0..1; `token_ids` are the greedy completions without the end token,
+    `logprobs` theirs, in nats, by the engine that generated them.
     """
 
     task_ids: tuple[str, ...]
@@ -44,6 +45,7 @@ class EvalReport:
     phrasings: tuple[str, ...]
     completions: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
     scores: Mapping[str, tuple[float, ...]]
 
     def suite_names(self) -> list[str]:
@@ -51,16 +53,23 @@ class EvalReport:
         return list(dict.fromkeys(self.suites))
 
     def select(self, suite: str, metric: str) -> tuple[np.ndarray, list[str]]:
-        """Return a suite's scores [n] and the phrasing of each, the clusters of its intervals."""
+        """Return a suite's scores [n] and the clusters of its intervals: phrasings, rows where one is all."""
         chosen = [i for i, name in enumerate(self.suites) if name == suite]
+        several = len({self.phrasings[i] for i in chosen}) > 1
+        names = self.phrasings if several else self.task_ids
         values = self.scores[metric]
-        return np.array([values[i] for i in chosen]), [self.phrasings[i] for i in chosen]
+        return np.array([values[i] for i in chosen]), [names[i] for i in chosen]
 
     def interval(self, suite: str, metric: str) -> Interval:
-        """Return a suite's mean with its interval: Wilson where scores are 0 or 1, else bootstrap."""
+        """Return a suite's mean with its interval: Wilson where scores are 0 or 1, else bootstrap.
+
+        A single row says nothing of the spread: its interval is all of 0..1.
+        """
         values, clusters = self.select(suite, metric)
         if set(values.tolist()) <= {0.0, 1.0}:
             return wilson_interval(int(values.sum()), len(values))
+        if len(values) == 1:
+            return Interval(estimate=float(values[0]), low=0.0, high=1.0)
         return mean_interval(values, clusters, seed=0)
 
     def to_table(self) -> pa.Table:
@@ -71,6 +80,7 @@ class EvalReport:
             "phrasing": list(self.phrasings),
             "completion": list(self.completions),
             "token_ids": pa.array([list(ids) for ids in self.token_ids], pa.list_(pa.int32())),
+            "logprobs": pa.array([list(values) for values in self.logprobs], pa.list_(pa.float32())),
         }
         return pa.table({**columns, **{name: list(values) for name, values in self.scores.items()}})
 
@@ -84,6 +94,7 @@ def report_from_table(table: pa.Table) -> EvalReport:
         phrasings=tuple(columns["phrasing"]),
         completions=tuple(columns["completion"]),
         token_ids=tuple(tuple(ids) for ids in columns["token_ids"]),
+        logprobs=tuple(tuple(values) for values in columns["logprobs"]),
         scores={name: tuple(columns[name]) for name in METRICS if name in columns},
     )
 
@@ -151,6 +162,7 @@ def _score(
         phrasings=tuple(row.phrasing or row.task_id for row in rows),
         completions=tuple(texts),
         token_ids=tuple(completion.token_ids for completion in completions),
+        logprobs=tuple(completion.logprobs for completion in completions),
         scores={
             name: tuple(METRICS[name](text, target) for text, target in zip(texts, targets, strict=True))
             for name in metrics

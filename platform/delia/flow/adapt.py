@@ -13,6 +13,7 @@ from delia.config import FrozenConfig, dump_yaml, fingerprint, flatten
 from delia.evaluate.harness import BASE, EvalReport, EvaluateConfig
 from delia.flow.evaluation import evaluate_adapters, measure_pool_drift
 from delia.flow.pool import PoolConfig, build_pool
+from delia.flow.preflight import check_lengths, check_metrics, check_ratios
 from delia.flow.trial import Arm, ArmConfig, plan_arm, train_arms
 from delia.flow.verify import Verification, verify_export
 from delia.flow.workspace import RayConfig, Workspace, connect, open_workspace
@@ -81,8 +82,14 @@ class Progress:
 
 
 def open_job(config: AdaptConfig) -> Workspace:
-    """Read and check the task and the base model; no work is done before all is well."""
-    return open_workspace(config.output_dir, config.model, read_task(config.task))
+    """Read and check the task, the base model and what the settings ask of both, before any work."""
+    task = read_task(config.task)
+    check_metrics(task.metrics)
+    arms = {**config.baselines, MAIN: config.arm}
+    check_ratios(config.pool, arms, num_task_rows=len(task.rows_by_split["train"]))
+    space = open_workspace(config.output_dir, config.model, task)
+    check_lengths(space, arms, engine=config.engine, evaluate=config.evaluate)
+    return space
 
 
 def adapt(
@@ -247,7 +254,8 @@ def _register(
         "delia.task_digest": space.task.digest,
         "delia.licence": space.task.licence,
         "delia.split": config.split,
-        "delia.verified": f"{verification.num_equal}/{verification.num_prompts} equal greedy completions",
+        "delia.verified": f"{verification.num_equal}/{verification.num_prompts} equal greedy completions,"
+        f" {verification.mean_gap_nats:.1e} nats a token apart in {verification.dtype}",
     }
     for suite in report.suite_names():
         metric = space.task.metrics[0]

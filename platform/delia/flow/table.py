@@ -47,10 +47,12 @@ def compare(ours: Sequence[EvalReport], theirs: Sequence[EvalReport], suite: str
     """Return the paired difference of means over several seeds, clustered by phrasing.
 
     Rows of all seeds that share a phrasing are resampled together, so seeds do not narrow the
-    interval as if they were new test rows.
+    interval as if they were new test rows. A single row can't show a spread: it gives all of -1..1.
     """
     values_a, clusters = zip(*(report.select(suite, metric) for report in ours), strict=True)
     values_b, _ = zip(*(report.select(suite, metric) for report in theirs), strict=True)
-    return paired_difference(
-        np.concatenate(values_a), np.concatenate(values_b), [c for part in clusters for c in part], seed=0
-    )
+    a, b = np.concatenate(values_a), np.concatenate(values_b)
+    names = [name for part in clusters for name in part]
+    if len(set(names)) == 1:
+        return Interval(estimate=float(np.mean(a - b)), low=-1.0, high=1.0)
+    return paired_difference(a, b, names, seed=0)

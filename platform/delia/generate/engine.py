@@ -24,12 +24,16 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """One answer; `finish_reason` is `stop` or `length`; the end token is not in `token_ids`."""
+    """One answer; `finish_reason` is `stop` or `length`; the end token is not in `token_ids`.
+
+    `logprobs` run parallel to `token_ids`, in nats, for greedy requests; sampled ones have none.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: str
     num_prompt_tokens: int = 0
+    logprobs: tuple[float, ...] = ()
 
 
 class SamplingConfig(FrozenConfig):

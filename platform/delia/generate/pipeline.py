@@ -76,6 +76,7 @@ class EngineActor:
                 "token_ids": pa.array([list(item.token_ids) for item, _ in turns], pa.list_(pa.int32())),
                 "finish_reason": [item.finish_reason for item, _ in turns],
                 "num_prompt_tokens": pa.array([item.num_prompt_tokens for item, _ in turns], pa.int32()),
+                "logprobs": pa.array([list(item.logprobs) for item, _ in turns], pa.list_(pa.float32())),
                 "engine_seconds": pa.array([seconds] * len(turns), pa.float64()),
             }
         )
@@ -184,6 +185,7 @@ def to_completions(table: pa.Table) -> list[tuple[int, Completion]]:
                 token_ids=tuple(row["token_ids"]),
                 finish_reason=row["finish_reason"],
                 num_prompt_tokens=row["num_prompt_tokens"],
+                logprobs=tuple(row["logprobs"]),
             ),
         )
         for row in table.to_pylist()

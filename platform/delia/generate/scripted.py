@@ -4,6 +4,7 @@ Its answer is a fixed function of prompt, seed and sampling: a few of the prompt
 `max_tokens`. Greedy requests ignore the seed. `tests/generate` holds it to the contract of vLLM's.
 """
 
+import math
 from collections.abc import Sequence
 
 from delia.generate.engine import Completion, EngineConfig, Request, SamplingConfig
@@ -35,4 +36,5 @@ class ScriptedEngine:
             token_ids=ids,
             finish_reason="stop" if length <= sampling.max_tokens else "length",
             num_prompt_tokens=len(request.prompt_ids),
+            logprobs=() if sampling.temperature > 0 else (-math.log(len(words)),) * len(ids),
         )

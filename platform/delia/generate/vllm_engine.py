@@ -86,6 +86,7 @@ class VllmEngine:
                 seed=request.seed if sampling.temperature > 0 else None,
                 stop_token_ids=list(end_ids),
                 detokenize=False,
+                logprobs=0 if sampling.temperature == 0 else None,  # 0 more than the chosen token's own
             )
             for request in requests
         ]
@@ -113,9 +114,11 @@ def _to_completion(request: Request, output, *, end_ids: frozenset[int]) -> Comp
     ids = tuple(output.token_ids)
     if ids and ids[-1] in end_ids:
         ids = ids[:-1]
+    places = zip(ids, output.logprobs or (), strict=False)  # the end token's place is left over
     return Completion(
         request_id=request.request_id,
         token_ids=ids,
         finish_reason=str(output.finish_reason),
         num_prompt_tokens=len(request.prompt_ids),
+        logprobs=tuple(place[token].logprob for token, place in places),
     )

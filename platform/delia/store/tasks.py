@@ -71,7 +71,7 @@ class TaskHeader(FrozenConfig):
     name: str = ""
     tokens: tuple[str, ...] = ()
     long_instruction: str = ""
-    metrics: tuple[str, ...] = ("exact_match",)
+    metrics: tuple[str, ...] = Field(default=("exact_match",), min_length=1)
     licence: str = ""
     columns: ColumnMapping = ColumnMapping()
 

@@ -1,0 +1,137 @@
+"""What a job would fail of after hours is refused before it starts."""
+
+import pytest
+
+from delia.errors import ChatError, ConfigError, MixtureError, TrainError
+from delia.evaluate.harness import EvaluateConfig
+from delia.flow.adapt import open_job
+from delia.flow.preflight import check_lengths, check_metrics, check_ratios
+from delia.flow.trial import ArmConfig
+from delia.flow.workspace import open_workspace
+from delia.generate.engine import EngineConfig
+from delia.mix.mixture import MixConfig
+from delia.recipes.starter import STARTER, sep_hallucination, starter_sep
+from delia.schema import Message, SeedTask, Task
+from delia.train.settings import StageConfig, TrainConfig
+
+STAGES = (StageConfig(max_steps=1),)
+
+
+def make_row(question: str, answer: str = "yes", base: str = "") -> SeedTask:
+    turns = [Message(role="user", content=question)]
+    turns += [Message(role="assistant", content=answer)] if answer else []
+    return SeedTask(
+        task_id=question[:8],
+        messages=tuple(turns),
+        base_messages=(Message(role="user", content=base),) if base else (),
+    )
+
+
+def open_with(folder, *, train=(), dev=(), test=()):
+    rows = {"train": tuple(train), "dev": tuple(dev), "test": tuple(test)}
+    return open_workspace(str(folder), STARTER, Task(name="t", digest="d", rows_by_split=rows))
+
+
+def make_arm(ratio: float = 1.0, *, max_length: int = 64, on_long: str = "error", **mix) -> ArmConfig:
+    train = TrainConfig(stages=STAGES, max_length=max_length, on_long=on_long)
+    return ArmConfig(mix=MixConfig(diverse_ratio=ratio, **mix), train=train)
+
+
+# ---- metrics
+
+
+def test_a_metric_that_nothing_computes_is_refused_with_those_that_there_are():
+    check_metrics(("exact_match", "chrf"))
+    with pytest.raises(
+        ConfigError, match=r"\['bleurt'\]: no such metric; there are \['chrf', 'exact_match'\]"
+    ):
+        check_metrics(("exact_match", "bleurt"))
+
+
+# ---- lengths
+
+
+def test_a_train_row_over_the_limit_is_refused_unless_the_arm_shortens_or_drops_it(tmp_path):
+    space = open_with(tmp_path, train=[make_row("the fox " * 40)])
+    settings = {"engine": EngineConfig(), "evaluate": EvaluateConfig()}
+    with pytest.raises(ChatError, match="max_length is 64"):
+        check_lengths(space, {"fits": make_arm(max_length=512), "does not": make_arm()}, **settings)
+    for way in ("drop", "truncate_prompt_left"):
+        check_lengths(space, {"arm": make_arm(on_long=way)}, **settings)
+
+
+def test_a_train_row_without_an_answer_is_refused(tmp_path):
+    space = open_with(tmp_path, train=[make_row("the fox", answer="")])
+    with pytest.raises((ChatError, TrainError)):
+        check_lengths(space, {"arm": make_arm()}, engine=EngineConfig(), evaluate=EvaluateConfig())
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused(tmp_path, split):
+    space = open_with(tmp_path, **{split: [make_row("short"), make_row("the fox " * 40)]})
+    engine = EngineConfig(max_model_len=128)
+    num_ids = len(space.chat.encode_prompt(make_row("the fox " * 40).prompt))
+    room = 128 - num_ids
+    check_lengths(space, {}, engine=engine, evaluate=EvaluateConfig(max_tokens=room))
+    with pytest.raises(ConfigError, match=f"row the fox  has {num_ids} ids; engine.max_model_len=128"):
+        check_lengths(space, {}, engine=engine, evaluate=EvaluateConfig(max_tokens=room + 1))
+
+
+def test_the_bases_own_prompt_counts_where_its_answer_is_the_reference(tmp_path):
+    long = "the fox " * 60
+    engine, evaluate = EngineConfig(max_model_len=128), EvaluateConfig(max_tokens=64)
+    with_reference = open_with(tmp_path, dev=[make_row("short", answer="yes", base=long)])
+    check_lengths(with_reference, {}, engine=engine, evaluate=evaluate)
+    without = open_with(tmp_path, dev=[make_row("short", answer="", base=long)])
+    with pytest.raises(ConfigError, match="the prompt of row short"):
+        check_lengths(without, {}, engine=engine, evaluate=evaluate)
+
+
+# ---- ratios
+
+
+def test_a_ratio_over_the_pool_is_refused_before_the_pool_is_made():
+    pool = starter_sep().pool  # 1,200 rows of magpie
+    check_ratios(pool, {"arm": make_arm(12.0)}, num_task_rows=100)
+    with pytest.raises(ConfigError, match="much: diverse_ratio 12.01 x 100 task rows asks for 1201 rows of"):
+        check_ratios(pool, {"arm": make_arm(12.0), "much": make_arm(12.01)}, num_task_rows=100)
+
+
+def test_repeated_rows_need_only_the_distinct_ones():
+    check_ratios(starter_sep().pool, {"arm": make_arm(100.0, num_distinct=1200)}, num_task_rows=100)
+
+
+def test_a_share_of_a_source_that_is_not_made_is_refused():
+    arm = make_arm(1.0, shares={"magpie": 0.5, "rewriting": 0.5})
+    with pytest.raises(ConfigError, match="50 rows of source 'rewriting', pool.synthesize makes 0"):
+        check_ratios(starter_sep().pool, {"arm": arm}, num_task_rows=100)
+    with pytest.raises(MixtureError, match=r"sum to 1, got \{'magpie': 0.5\}"):
+        check_ratios(starter_sep().pool, {"arm": make_arm(shares={"magpie": 0.5})}, num_task_rows=100)
+
+
+def test_without_a_pool_only_ratio_0_is_possible():
+    check_ratios(None, {"arm": make_arm(0.0)}, num_task_rows=100)
+    with pytest.raises(
+        ConfigError, match="asks for 100 rows of source 'of any name', pool.synthesize makes 0"
+    ):
+        check_ratios(None, {"arm": make_arm(1.0)}, num_task_rows=100)
+
+
+# ---- whole jobs
+
+
+@pytest.mark.parametrize("recipe", [starter_sep(), sep_hallucination()], ids=lambda recipe: recipe.name)
+def test_the_shipped_recipes_pass(recipe, tmp_path):
+    open_job(recipe.model_copy(update={"output_dir": str(tmp_path)}))
+
+
+def test_a_job_is_refused_for_each_of_the_three(tmp_path):
+    recipe = starter_sep().model_copy(update={"output_dir": str(tmp_path)})
+    bad_metric = recipe.task.model_copy(update={"metrics": ("bleu",)})
+    with pytest.raises(ConfigError, match="no such metric"):
+        open_job(recipe.model_copy(update={"task": bad_metric}))
+    with pytest.raises(ConfigError, match="adapter: diverse_ratio 50"):
+        open_job(recipe.model_copy(update={"arm": make_arm(50.0)}))
+    with pytest.raises(ConfigError, match="leaves 0"):
+        open_job(recipe.model_copy(update={"evaluate": EvaluateConfig(max_tokens=512)}))
+    assert not list(tmp_path.iterdir()), "work was done before the job was refused"
