@@ -200,7 +200,7 @@ def test_rounded_engines_may_differ_in_ids_but_not_in_log_probabilities(
 def test_an_engine_that_ignores_the_adapter_does_not_pass_in_bfloat16_either(
     cluster, space_in_bfloat16, adapters, reports
 ):
-    with pytest.raises(ExportError, match="nats a token, over the 0.05"):
+    with pytest.raises(ExportError, match=r"nats a token, over the 0.05"):
         verify(space_in_bfloat16, adapters["trained"], reports["base"])
 
 
@@ -260,5 +260,5 @@ def test_vllm_in_bfloat16_agrees_with_hf_within_rounding(cluster, space_in_bfloa
     served = serve_by_vllm(space_in_bfloat16, adapters, space_in_bfloat16.model)
     result = verify(space_in_bfloat16, adapters["trained"], served["trained"])
     assert 0 < result.mean_gap_nats <= MAX_GAP_NATS["bfloat16"]
-    with pytest.raises(ExportError, match="over the 0.05 that bfloat16 explains"):
+    with pytest.raises(ExportError, match=r"over the 0.05 that bfloat16 explains"):
         verify(space_in_bfloat16, adapters["trained"], served["base"])
