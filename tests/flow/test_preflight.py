@@ -93,7 +93,7 @@ def test_the_bases_own_prompt_counts_where_its_answer_is_the_reference(tmp_path)
 def test_a_ratio_over_the_pool_is_refused_before_the_pool_is_made():
     pool = starter_sep().pool  # 1,200 rows of magpie
     check_ratios(pool, {"arm": make_arm(12.0)}, num_task_rows=100)
-    with pytest.raises(ConfigError, match="much: diverse_ratio 12.01 x 100 task rows asks for 1201 rows of"):
+    with pytest.raises(ConfigError, match=r"much: diverse_ratio 12.01 x 100 task rows asks for 1201 rows of"):
         check_ratios(pool, {"arm": make_arm(12.0), "much": make_arm(12.01)}, num_task_rows=100)
 
 
@@ -103,7 +103,7 @@ def test_repeated_rows_need_only_the_distinct_ones():
 
 def test_a_share_of_a_source_that_is_not_made_is_refused():
     arm = make_arm(1.0, shares={"magpie": 0.5, "rewriting": 0.5})
-    with pytest.raises(ConfigError, match="50 rows of source 'rewriting', pool.synthesize makes 0"):
+    with pytest.raises(ConfigError, match=r"50 rows of source 'rewriting', pool.synthesize makes 0"):
         check_ratios(starter_sep().pool, {"arm": arm}, num_task_rows=100)
     with pytest.raises(MixtureError, match=r"sum to 1, got \{'magpie': 0.5\}"):
         check_ratios(starter_sep().pool, {"arm": make_arm(shares={"magpie": 0.5})}, num_task_rows=100)
@@ -112,7 +112,7 @@ def test_a_share_of_a_source_that_is_not_made_is_refused():
 def test_without_a_pool_only_ratio_0_is_possible():
     check_ratios(None, {"arm": make_arm(0.0)}, num_task_rows=100)
     with pytest.raises(
-        ConfigError, match="asks for 100 rows of source 'of any name', pool.synthesize makes 0"
+        ConfigError, match=r"asks for 100 rows of source 'of any name', pool.synthesize makes 0"
     ):
         check_ratios(None, {"arm": make_arm(1.0)}, num_task_rows=100)
 
