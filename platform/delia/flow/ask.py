@@ -1,4 +1,7 @@
-"""Ask an adapter one thing, in this process, as any PEFT user would: no Ray, no vLLM."""
+"""Ask an adapter one thing, in this process, as any PEFT user would: no Ray, no vLLM.
+
+An adapter is a directory, or `models:/NAME@champion` of the registry that jobs write to by default.
+"""
 
 from pathlib import Path
 
@@ -9,19 +12,23 @@ from delia.model.loading import load_base
 from delia.model.logprobs import continue_greedily, load_adapted
 from delia.schema import Message
 from delia.store.models import ModelConfig, resolve_model
+from delia.track.registry import fetch_adapter
+from delia.track.runs import TrackConfig, Tracker
 
 MAX_TOKENS = 256
+REGISTRY_SCHEME = "models:/"
+OUTPUT_DIR = "runs"
+"""Where jobs keep their store unless told otherwise; `MLFLOW_TRACKING_URI` names another."""
 
 
 def ask(adapter: str, text: str) -> str:
     """Return the greedy answers of the adapter and of its base to one user message, as two lines.
 
     Raises:
-        StoreError: The directory is no finished adapter of this platform.
+        ConfigError: A registry address that is none.
+        StoreError: No finished adapter of this platform is there.
     """
-    directory = Path(adapter)
-    if not directory.is_dir():
-        raise StoreError(f"no adapter directory {adapter!r}; give the path that `jobs/adapt.py` printed")
+    directory = _locate(adapter)
     found = read_adapter(str(directory.resolve()))
     model = ModelConfig(path=found.base_model)
     chat = load_chat(str(resolve_model(model)), task_tokens=found.tokens)
@@ -31,3 +38,14 @@ def ask(adapter: str, text: str) -> str:
         ids = continue_greedily(loaded, prompt, max_tokens=MAX_TOKENS, end_ids=chat.end_ids)[0]
         lines.append(f"{label}: {chat.decode(ids)}")
     return "\n".join(lines)
+
+
+def _locate(adapter: str) -> Path:
+    if adapter.startswith(REGISTRY_SCHEME):
+        tracker = Tracker(TrackConfig(), default_store=str(Path(OUTPUT_DIR, "mlflow.db").resolve()))
+        return fetch_adapter(tracker, adapter, Path(OUTPUT_DIR, "registry"))
+    if not Path(adapter).is_dir():
+        raise StoreError(
+            f"no adapter directory {adapter!r}; give the path that `jobs/adapt.py` printed, or models:/NAME@ALIAS"
+        )
+    return Path(adapter)

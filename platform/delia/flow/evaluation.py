@@ -13,13 +13,17 @@ from delia.schema import SeedTask
 from delia.store.adapters import CONFIG, fetch_adapter
 from delia.store.pools import Pool
 from delia.store.tables import Manifest, commit, is_finished, join, read_table, write_table
+from delia.track.registry import digest_directory
 from delia.train.settings import TrainConfig
 
 SCORES = "scores.parquet"
 
 
 def eval_address(config: EvaluateConfig, space: Workspace, adapter: str, rows: tuple[SeedTask, ...]) -> str:
-    """Return where the scores of an adapter on these rows are kept; an empty address is the base's."""
+    """Return where the scores of an adapter on these rows are kept; an empty address is the base's.
+
+    An adapter is known by its files' content: versions fetched from a registry end in one name.
+    """
     scope = fingerprint(
         config,
         space.model_id,
@@ -27,7 +31,8 @@ def eval_address(config: EvaluateConfig, space: Workspace, adapter: str, rows: t
         space.task.digest,
         *(row.task_id for row in rows),
     )
-    return space.address("evals", f"{adapter.rstrip('/').rpartition('/')[2] or 'base'}-{scope}")
+    identity = digest_directory(fetch_adapter(adapter)) if adapter else "base"
+    return space.address("evals", f"{identity}-{scope}")
 
 
 def read_rank(address: str) -> int:

@@ -45,7 +45,7 @@ def promote_version(config: PromoteConfig, *, say: Callable[[str], None]) -> Mod
         champion = get_version_by_alias(tracker, name, CHAMPION)
         versions = {"candidate": candidate, **({"champion": champion} if champion else {})}
         addresses = {
-            label: str(fetch_adapter(tracker, found.uri, _folder(space.output_dir, name, found.version)))
+            label: str(fetch_adapter(tracker, found.uri, Path(space.output_dir, "registry")))
             for label, found in versions.items()
         }
         rows = space.task.rows_by_split["test"]
@@ -65,10 +65,6 @@ def promote_version(config: PromoteConfig, *, say: Callable[[str], None]) -> Mod
         for reason in decision.reasons:
             say(f"gate: {reason}")
         return promote(tracker, name, candidate.version, decision, space.output_dir)
-
-
-def _folder(output_dir: str, name: str, version: str) -> Path:
-    return Path(output_dir) / "registry" / f"{name}-{version}"
 
 
 def _decide(

@@ -12,6 +12,8 @@ import numpy as np
 from delia.flow.reproduction import RECIPE, Reproduction
 from delia.flow.table import format_interval
 
+PLAIN, DELIA = "plain", "delia"
+
 
 def format_arms(result: Reproduction, suites: Sequence[str]) -> str:
     """Return a Markdown table: the mean over seeds, and each seed's score in brackets."""
@@ -75,7 +77,12 @@ def draw_plot(result: Reproduction, suites: Sequence[str], path: Path) -> None:
 
 
 def default_pairs(result: Reproduction) -> list[tuple[str, str]]:
-    """Return the comparisons that the claims rest on: DELIA and the recipe against every plain arm."""
-    plain = [name for name in result.reports if name.startswith("plain")]
-    ours = [name for name in ("delia", RECIPE) if name in result.reports]
-    return [(mine, theirs) for mine in ours for theirs in plain]
+    """Return the comparisons that the claims rest on: DELIA and the recipe against every plain arm.
+
+    An arm `plain, X` is compared with `delia, X` where there is one, else with `delia`.
+    """
+    plain = [name for name in result.reports if name.startswith(PLAIN)]
+    twins = {name: name.replace(PLAIN, DELIA, 1) for name in plain}
+    ours = {name: twin if twin in result.reports else DELIA for name, twin in twins.items()}
+    pairs = [(ours[name], name) for name in plain] + [(RECIPE, name) for name in plain]
+    return [pair for pair in pairs if pair[0] in result.reports]

@@ -9,7 +9,7 @@ from delia.flow.reproduction import ReproduceConfig
 from delia.flow.trial import ArmConfig
 from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.mix.mixture import MixConfig
-from delia.model.adapted import LoraConfig
+from delia.model.adapted import LoraConfig, TokenInit
 from delia.search.space import SearchConfig
 from delia.store.models import ModelConfig
 from delia.store.tasks import TaskConfig
@@ -22,7 +22,6 @@ LORA = LoraConfig(rank=16, alpha=16, dropout=0.05)
 SELF_SAMPLED = MixConfig(diverse_ratio=10.0, shares={"magpie": 1.0})
 # sentences of a tiny world share most of their words: only equal instructions are duplicates or overlap
 CURATE = CurateConfig(near_duplicate_threshold=None, overlap_ngram=None)
-LORA_RATE = 2e-3
 
 
 def _magpie(num_rows: int) -> SourceConfig:
@@ -33,17 +32,18 @@ def _magpie(num_rows: int) -> SourceConfig:
     )
 
 
-def _lora_stage(num_steps: int, *, token_learning_rate: float = 1e-2) -> StageConfig:
+def _joint_stage(num_steps: int, *, learning_rate: float) -> StageConfig:
     return StageConfig(
         parts=("lora", "token_rows"),
         max_steps=num_steps,
-        learning_rate=LORA_RATE,
-        token_learning_rate=token_learning_rate,
+        learning_rate=learning_rate,
+        token_learning_rate=3e-2,
+        warmup_steps=min(25, num_steps),
         schedule="linear",
     )
 
 
-def _rows_stage(num_steps: int, *, token_learning_rate: float = 3e-2) -> StageConfig:
+def _rows_stage(num_steps: int, *, token_learning_rate: float) -> StageConfig:
     return StageConfig(
         parts=("token_rows",),
         rows="token",
@@ -53,13 +53,21 @@ def _rows_stage(num_steps: int, *, token_learning_rate: float = 3e-2) -> StageCo
     )
 
 
-ROWS_ONLY = TrainConfig(lora=None, stages=(_rows_stage(100, token_learning_rate=1e-2),))
+def _plain_arm(num_steps: int, learning_rate: float) -> ArmConfig:
+    """Return plain tuning; the token starts at the mean of the words that it stands for."""
+    stage = _joint_stage(num_steps, learning_rate=learning_rate)
+    train = TrainConfig(lora=LORA, token_init="mean_instruction", stages=(stage,))
+    return ArmConfig(mix=MixConfig(diverse_ratio=0.0), train=train)
+
+
+ROWS_ONLY = TrainConfig(
+    lora=None, token_init="mean_instruction", stages=(_rows_stage(100, token_learning_rate=1e-2),)
+)
 
 
 def starter_sep() -> AdaptConfig:
     """Condense a long format instruction into `<sep>`: the quickstart."""
-    num_steps = 200
-    plain = TrainConfig(lora=LORA, stages=(_lora_stage(num_steps),))
+    plain = _plain_arm(200, learning_rate=5e-3)
     return AdaptConfig(
         name="starter_sep",
         model=STARTER,
@@ -80,8 +88,8 @@ def starter_sep() -> AdaptConfig:
             ),
         ),
         baselines={
-            "plain": ArmConfig(mix=MixConfig(diverse_ratio=0.0), train=plain),
-            "delia": ArmConfig(mix=SELF_SAMPLED, train=plain),
+            "plain": plain,
+            "delia": plain.model_copy(update={"mix": SELF_SAMPLED}),
             "rows_only": ArmConfig(mix=MixConfig(diverse_ratio=0.0), train=ROWS_ONLY),
         },
         engine=ENGINE,
@@ -92,7 +100,7 @@ def starter_sep() -> AdaptConfig:
 
 def starter_lingo() -> AdaptConfig:
     """Teach words of an invented language that the base has never seen translated."""
-    train = TrainConfig(lora=LORA, stages=(_lora_stage(300),))
+    train = TrainConfig(lora=LORA, stages=(_joint_stage(300, learning_rate=2e-3),))
     return AdaptConfig(
         name="starter_lingo",
         model=STARTER,
@@ -146,14 +154,19 @@ def reproduce_sep() -> ReproduceConfig:
     equal_exposures = round(plain.train.max_steps / 11)
     variants = {
         f"rate {rate:g}, {steps} steps": _plain_arm(steps, rate)
-        for rate in (5e-4, 2e-3)
-        for steps in (10, 30, 100)
+        for rate in (5e-4, 2e-3, 5e-3)
+        for steps in (30, 100)
     }
+    starts: dict[str, TokenInit] = {"reserved row": "reserved_row", "stand-in": "stand_in"}
     return ReproduceConfig(
         recipe=recipe,
         extra_arms={
-            "plain, equal exposures": _plain_arm(equal_exposures, LORA_RATE),
-            **{f"{name}, stand-in start": _start_at_stand_in(arm) for name, arm in recipe.baselines.items()},
+            "plain, equal exposures": _plain_arm(equal_exposures, 5e-3),
+            **{
+                f"{name}, from the {words}": _start_at(recipe.baselines[name], start)
+                for words, start in starts.items()
+                for name in ("plain", "delia")
+            },
         },
         tuned=variants,
         foreign=starter_lingo(),
@@ -163,16 +176,8 @@ def reproduce_sep() -> ReproduceConfig:
     )
 
 
-def _plain_arm(num_steps: int, rate: float) -> ArmConfig:
-    stage = _lora_stage(num_steps).model_copy(
-        update={"learning_rate": rate, "warmup_steps": min(25, num_steps)}
-    )
-    train = TrainConfig(lora=LORA, stages=(stage,))
-    return ArmConfig(mix=MixConfig(diverse_ratio=0.0), train=train)
-
-
-def _start_at_stand_in(arm: ArmConfig) -> ArmConfig:
-    return arm.model_copy(update={"train": arm.train.model_copy(update={"token_init": "stand_in"})})
+def _start_at(arm: ArmConfig, start: TokenInit) -> ArmConfig:
+    return arm.model_copy(update={"train": arm.train.model_copy(update={"token_init": start})})
 
 
 def reproduce_lingo() -> ReproduceConfig:
