@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from delia.config import FrozenConfig
+from delia.errors import GateError
 from delia.evaluate.harness import BASE, EvalReport
 from delia.flow.adapt import AdaptConfig, open_job
 from delia.flow.evaluation import evaluate_adapters
@@ -16,6 +17,7 @@ from delia.flow.gate import CHAMPION, Decision, GateConfig, decide, promote
 from delia.flow.stages import tracked_stage
 from delia.flow.table import compare, format_scores
 from delia.flow.verify import verify_export
+from delia.flow.workspace import Workspace
 from delia.store.tables import join
 from delia.track.registry import ModelVersionInfo, fetch_adapter, get_version, get_version_by_alias
 from delia.track.runs import Tracker
@@ -33,7 +35,8 @@ def promote_version(config: PromoteConfig, *, say: Callable[[str], None]) -> Mod
     """Verify and compare the version that has the alias, and make it champion if the gate lets it.
 
     Raises:
-        GateError: The gate refuses, with its reasons; the alias stays where it was.
+        GateError: The gate refuses, with its reasons, or a version belongs to another base model or
+            chat format than the recipe's; the alias stays where it was.
         ExportError: The adapter does not do in vLLM what it does in HF + PEFT.
     """
     recipe = config.recipe
@@ -44,6 +47,8 @@ def promote_version(config: PromoteConfig, *, say: Callable[[str], None]) -> Mod
         candidate = get_version(tracker, f"models:/{name}@{config.alias}")
         champion = get_version_by_alias(tracker, name, CHAMPION)
         versions = {"candidate": candidate, **({"champion": champion} if champion else {})}
+        for found in versions.values():
+            _check_base(found, space)
         addresses = {
             label: str(fetch_adapter(tracker, found.uri, Path(space.output_dir, "registry")))
             for label, found in versions.items()
@@ -65,6 +70,17 @@ def promote_version(config: PromoteConfig, *, say: Callable[[str], None]) -> Mod
         for reason in decision.reasons:
             say(f"gate: {reason}")
         return promote(tracker, name, candidate.version, decision, space.output_dir)
+
+
+def _check_base(version: ModelVersionInfo, space: Workspace) -> None:
+    """Refuse an adapter of another base: its scores on this one would mean nothing."""
+    expected = {"delia.base_commit": space.model_id, "delia.template_hash": space.chat.template_hash}
+    for tag, value in expected.items():
+        if version.tags.get(tag) != value:
+            raise GateError(
+                f"{version.uri} has {tag}={version.tags.get(tag)}, the recipe's model {value}; give the model that"
+                " it was trained on (recipe.model), or take another registered name"
+            )
 
 
 def _decide(
