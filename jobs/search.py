@@ -8,9 +8,8 @@ Scores on dev. A killed driver, started again, goes on; the chosen settings are 
 
 import sys
 
-from delia.flow.adapt import open_job
 from delia.recipes.command_line import parse_job, run_job
-from delia.search.campaign import search
+from delia.search.campaign import open_search, search
 from delia.search.space import SearchConfig
 from delia.search.surface import format_tradeoffs
 
@@ -19,7 +18,7 @@ def main() -> None:
     """Run the campaign, print the trade-off and the command that adapts with the chosen settings."""
     job = parse_job(sys.argv[1:], kind=SearchConfig, usage=__doc__ or "")
     if job.dry_run:
-        open_job(job.settings.recipe)
+        open_search(job.settings)
         return
     outcome = search(job.settings, say=print)
     print(format_tradeoffs(outcome.tradeoffs, outcome.chosen))

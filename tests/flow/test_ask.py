@@ -43,7 +43,9 @@ def test_a_registered_version_is_asked_by_its_alias(small_space, make_adapter, t
 
 
 def test_a_place_without_an_adapter_is_refused(tmp_path):
-    with pytest.raises(StoreError, match="give the path that `jobs/adapt.py` printed, or models:/NAME@ALIAS"):
+    with pytest.raises(
+        StoreError, match=r"give the path that `jobs/adapt.py` printed, or models:/NAME@ALIAS"
+    ):
         ask(str(tmp_path / "none"), QUESTION)
     with pytest.raises(StoreError, match="has no manifest"):
         ask(str(tmp_path), QUESTION)

@@ -113,7 +113,7 @@ def test_a_worse_version_is_refused_and_the_champion_stays(desk):
 
 def test_a_floor_that_the_first_version_misses_refuses_it(desk):
     desk.enter(2)
-    with pytest.raises(GateError, match="floor 0.9000"):
+    with pytest.raises(GateError, match=r"floor 0.9000"):
         desk.promote(floors={"follow": 0.9})
     assert desk.champion() is None
 

@@ -16,10 +16,11 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from delia.config import dump_yaml, fingerprint, flatten
-from delia.errors import DeliaError
+from delia.errors import ConfigError, DeliaError
 from delia.evaluate.harness import EvalReport
 from delia.flow.adapt import AdaptConfig, open_job
 from delia.flow.evaluation import eval_address, evaluate_adapters
+from delia.flow.preflight import check_ratios
 from delia.flow.stages import make_pool, tracked_stage
 from delia.flow.trial import ArmConfig, plan_arm, train_arms
 from delia.flow.workspace import Workspace
@@ -47,6 +48,24 @@ class Outcome:
     tradeoffs: dict[str, Tradeoff]
     chosen: str
     config_address: str
+
+
+def open_search(config: SearchConfig) -> Workspace:
+    """Read and check all that the trials will need, before any work.
+
+    Raises:
+        ConfigError: A trial's ratio is over the pool, or a suite is not on dev.
+    """
+    space = open_job(config.recipe)
+    rows = space.task.rows_by_split
+    check_ratios(config.recipe.pool, plan_trials(config), num_task_rows=len(rows["train"]))
+    present = {row.suite for row in rows[SEARCH_SPLIT]}
+    missing = sorted({*config.task_suites, *config.kept_suites} - present)
+    if missing:
+        raise ConfigError(
+            f"task_suites and kept_suites name {missing}; {SEARCH_SPLIT} has the suites {sorted(present)}"
+        )
+    return space
 
 
 def run_trial(config: AdaptConfig, arm_config: ArmConfig, space: Workspace, pool: Pool | None) -> EvalReport:
@@ -125,7 +144,7 @@ def search(config: SearchConfig, *, say: Say) -> Outcome:
     Raises:
         TrialStoppedError: No trial ran to its end.
     """
-    space = open_job(config.recipe)
+    space = open_search(config)
     config = config.model_copy(
         update={"recipe": config.recipe.model_copy(update={"output_dir": space.output_dir})}
     )
@@ -157,10 +176,8 @@ def _read_finished(
     reports = {}
     for name, arm in arms.items():
         final = shorten(arm, config.rungs[-1])
-        adapter = plan_arm(final, space, pool).address
-        if is_finished(
-            eval_address(config.recipe.evaluate, space, adapter, space.task.rows_by_split[SEARCH_SPLIT])
-        ):
+        adapter, rows = plan_arm(final, space, pool).address, space.task.rows_by_split[SEARCH_SPLIT]
+        if is_finished(adapter) and is_finished(eval_address(config.recipe.evaluate, space, adapter, rows)):
             reports[name] = run_trial(config.recipe, final, space, pool)
     return reports
 
