@@ -114,15 +114,21 @@ def _train(
     config: ReproduceConfig, plans: Mapping[str, _Plan], seeds: tuple[int, ...], say: Say
 ) -> dict[str, str]:
     """Train every plan under every seed; return the adapters' addresses by `name/seed`."""
-    addresses: dict[str, str] = {}
+    groups: dict[tuple[int, int], list[str]] = {}  # arms on one pool wait for each other at the end only
     for name, plan in plans.items():
+        groups.setdefault((id(plan.space), id(plan.pool)), []).append(name)
+    addresses: dict[str, str] = {}
+    for names in groups.values():
+        space, pool = plans[names[0]].space, plans[names[0]].pool
         arms = {
-            f"{name}/{seed}": plan_arm(_reseed(plan.config, seed), plan.space, plan.pool) for seed in seeds
+            f"{name}/{seed}": plan_arm(_reseed(plans[name].config, seed), space, pool)
+            for name in names
+            for seed in seeds
         }
         adapters = train_arms(
             arms,
-            plan.space,
-            plan.pool,
+            space,
+            pool,
             logs=dict.fromkeys(arms, lambda metrics, step: None),
             max_concurrent=config.recipe.max_concurrent_arms,
             on_done=lambda label, seconds: say(f"train: {label} took {seconds:.0f} s"),

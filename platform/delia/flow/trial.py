@@ -128,20 +128,22 @@ def train_arms(
     A job of its own for each arm: Ray Train wants the main thread of a process.
     """
     waiting = [name for name, arm in arms.items() if not is_finished(arm.address)]
-    running: dict[ray.ObjectRef, tuple[str, float]] = {}  # type: ignore[type-arg]
-    with ExitStack() as sinks:  # whatever ends first, each log is forwarded to its end
+    running: dict[ray.ObjectRef, tuple[str, float, ExitStack]] = {}  # type: ignore[type-arg]
+    with ExitStack() as everything:  # whatever ends first, each log is forwarded to its end
         while waiting or running:
             while waiting and len(running) < max_concurrent:
                 name = waiting.pop(0)
                 task = build_input(arms[name], space, pool)
-                log = sinks.enter_context(forward_log(logs[name]))
+                sink = everything.enter_context(ExitStack())
+                log = sink.enter_context(forward_log(logs[name]))
                 storage = space.address("checkpoints", "")
                 reference = _train_remotely.remote(
                     task, arms[name].fingerprint, storage, arms[name].address, log
                 )
-                running[reference] = (name, time.monotonic())
+                running[reference] = (name, time.monotonic(), sink)
             done, _ = ray.wait(list(running), num_returns=1)
-            name, started = running.pop(done[0])
+            name, started, sink = running.pop(done[0])
+            sink.close()  # its actor is a process
             ray.get(done[0])
             seal_adapter(arms[name], space)
             on_done(name, time.monotonic() - started)
