@@ -78,6 +78,12 @@ def test_the_scrape_rule_takes_rays_prefix_off_our_names_alone():
     assert re.fullmatch(rule["regex"], "ray_node_cpu_utilization") is None
 
 
+def test_no_name_is_there_that_nothing_logs():
+    package = DASHBOARDS.parent / "platform" / "delia"
+    source = "".join(path.read_text() for path in package.rglob("*.py") if path.name != "metrics.py")
+    assert [metric.name for metric in METRICS if f'"{metric.name}"' not in source] == []
+
+
 def test_each_name_is_a_room_and_a_quantity_and_stands_once():
     for metric in METRICS:
         assert re.fullmatch(r"[a-z]+/[a-z0-9]+(_[a-z0-9]+)*", metric.name), metric

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from delia.config import FrozenConfig, dump_yaml, fingerprint, flatten
 from delia.evaluate.harness import BASE, EvalReport, EvaluateConfig
 from delia.flow.evaluation import evaluate_adapters, measure_pool_drift
-from delia.flow.pool import PoolConfig, build_pool
+from delia.flow.pool import LogMetrics, PoolConfig, build_pool
 from delia.flow.preflight import check_lengths, check_metrics, check_ratios
 from delia.flow.trial import Arm, ArmConfig, plan_arm, train_arms
 from delia.flow.verify import Verification, verify_export
 from delia.flow.workspace import RayConfig, Workspace, connect, open_workspace
 from delia.generate.engine import EngineConfig
-from delia.metrics import score_name
 from delia.schema import Adapter, Split
+from delia.store.adapters import fetch_adapter
 from delia.store.models import ModelConfig
 from delia.store.pools import Pool
 from delia.store.tables import join
@@ -64,20 +64,23 @@ class AdaptResult:
 
 
 class Progress:
-    """Prints one line a stage and keeps the seconds that each took."""
+    """Prints one line a stage and keeps the seconds that each took; `log` also gets them, once there is one."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         """Start with no stage."""
         self.say = say
+        self.log: LogMetrics = lambda metrics, step: None
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str, detail: str = "") -> Iterator[None]:
         """Time a stage; what is finished already takes no time."""
         self.say(f"{name}: {detail}" if detail else name)
-        started = time.monotonic()
+        started, number = time.monotonic(), len(self.seconds) + 1
+        self.log({"adapt/stage": number}, number)
         yield
         self.seconds[name] = time.monotonic() - started
+        self.log({"adapt/stage_seconds": self.seconds[name]}, number)
         self.say(f"{name}: done in {self.seconds[name]:.0f} s")
 
 
@@ -115,6 +118,7 @@ def adapt(
         "adapt", params=flatten(config), tags={"delia.recipe": config.name}, fingerprint=fingerprint(config)
     ) as run:
         run.log_text(dump_yaml(config), "config.yaml")
+        progress.log = run.log_metrics
         pool = _build_pool_stage(config, space, tracker, run, progress, allowed_modules)
         arms = {
             name: plan_arm(arm, space, pool) for name, arm in {**config.baselines, MAIN: config.arm}.items()
@@ -129,7 +133,7 @@ def adapt(
             drift = measure_pool_drift(
                 addresses, space, pool, train=config.arm.train, num_rows=config.evaluate.num_kl_rows
             )
-            _log_scores(run, reports, drift)
+            _log_scores(config, tracker, run, reports, drift)
         with progress.stage("verify", "HF + PEFT against vLLM"):
             verification = verify_export(
                 adapters[MAIN].path,
@@ -141,7 +145,6 @@ def adapt(
             )
         with progress.stage("register"):
             version = _register(config, space, tracker, run, adapters[MAIN], reports[MAIN], verification)
-        run.log_metrics({"adapt/stage_seconds": sum(progress.seconds.values())}, step=0)
     return AdaptResult(adapters, reports, drift, verification, version, run.run_id, progress.seconds)
 
 
@@ -181,6 +184,15 @@ def log_pool(run: Run, space: Workspace, pool: Pool) -> None:
 def log_mixture(run: Run, arm: Arm) -> None:
     """Enter a mixture as the dataset of a run; its digest is the mixture's root."""
     run.log_dataset("mixture", digest=arm.mixture.root, source=arm.address, context="training")
+    num_task = sum(arm.mixture.is_task)
+    run.log_metrics(
+        {
+            "mix/task_rows": num_task,
+            "mix/diverse_rows": len(arm.mixture.row_ids) - num_task,
+            "mix/diverse_ratio": arm.mixture.diverse_ratio,
+        },
+        step=0,
+    )
 
 
 def describe_counts(counts: dict[str, int]) -> str:
@@ -223,16 +235,31 @@ def _train_stage(
         )
 
 
-def _log_scores(run: Run, reports: dict[str, EvalReport], drift: dict[str, float]) -> None:
-    report = reports[MAIN]
-    scores = {
-        score_name(suite, metric): report.interval(suite, metric).estimate
-        for suite in report.suite_names()
-        for metric in report.scores
-    }
-    if MAIN in drift:
-        scores["evaluate/off_task_kl"] = drift[MAIN]
-    run.log_metrics(scores, step=0)
+def _log_scores(
+    config: AdaptConfig,
+    tracker: Tracker,
+    parent: Run,
+    reports: dict[str, EvalReport],
+    drift: dict[str, float],
+) -> None:
+    """Log each model's scores in a run of its own, and the adapter's in the job's too."""
+    for label, report in reports.items():
+        with tracker.run(f"evaluate {label}", parent=parent.run_id, fingerprint=fingerprint(config)) as run:
+            log_report(run, report, drift.get(label))
+    log_report(parent, reports[MAIN], drift.get(MAIN))
+
+
+def log_report(run: Run, report: EvalReport, drift: float | None) -> None:
+    """Log every suite's scores, and the off-task KL where it was measured."""
+    run.log_scores(
+        {
+            (suite, metric): report.interval(suite, metric).estimate
+            for suite in report.suite_names()
+            for metric in report.scores
+        }
+    )
+    if drift is not None:
+        run.log_metrics({"evaluate/off_task_kl": drift}, step=0)
 
 
 def _register(
@@ -260,6 +287,6 @@ def _register(
     for suite in report.suite_names():
         metric = space.task.metrics[0]
         tags[f"delia.score.{suite}"] = f"{report.interval(suite, metric).estimate:.4f}"
-    version = register_adapter(tracker, run, adapter.path, name=name, tags=tags)
+    version = register_adapter(tracker, run, fetch_adapter(adapter.path), name=name, tags=tags)
     set_alias(tracker, version.name, CANDIDATE_ALIAS, version.version)
     return version

@@ -72,21 +72,19 @@ def build_pool(
     )
     with closing(candidates):
         rows, rejections = _accept(config, space, candidates, log)
-    num_tokens = sum(row.num_output_tokens for row in rows)
-    num_tokens += sum(rejection.num_output_tokens for rejection in rejections)
     write_pool(
         address,
         rows=rows,
         rejections=rejections,
         fingerprint=name,
         parents={"model": space.model_id, "task": space.task.digest},
-        details={"template_hash": space.chat.template_hash, "output_tokens": num_tokens},
+        details={
+            "template_hash": space.chat.template_hash,
+            "output_tokens": _count_tokens(rows, rejections),
+        },
     )
     seconds = time.monotonic() - started
-    log(
-        {"synthesize/output_tokens": num_tokens, "synthesize/engine_seconds": seconds},
-        len(rows) + len(rejections),
-    )
+    log({"synthesize/seconds": seconds}, len(rows) + len(rejections))
     return read_pool(address)
 
 
@@ -109,9 +107,15 @@ def _accept(
                 rows.append(result)
             else:
                 rejections.append(result)
+        num_seen = len(rows) + len(rejections)
         log(
-            {"synthesize/accepted": len(rows), "synthesize/rejected": len(rejections)},
-            len(rows) + len(rejections),
+            {
+                "synthesize/candidates": num_seen,
+                "synthesize/accepted": len(rows),
+                "synthesize/rejected": len(rejections),
+                "synthesize/output_tokens": _count_tokens(rows, rejections),
+            },
+            num_seen,
         )
         if all(curators[name].num_accepted >= target for name, target in targets.items()):
             break
@@ -126,3 +130,7 @@ def _accept(
     rows.sort(key=lambda row: (row.source, row.index))
     rejections.sort(key=lambda item: (item.source, item.index))
     return rows, rejections
+
+
+def _count_tokens(rows: list[Row], rejections: list[Rejection]) -> int:
+    return sum(row.num_output_tokens for row in rows) + sum(item.num_output_tokens for item in rejections)

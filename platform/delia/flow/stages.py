@@ -15,6 +15,7 @@ from delia.flow.adapt import (
     describe_counts,
     log_mixture,
     log_pool,
+    log_report,
     open_job,
 )
 from delia.flow.evaluation import evaluate_adapters
@@ -23,6 +24,7 @@ from delia.flow.table import format_scores
 from delia.flow.trial import Arm, plan_arm, train_arms
 from delia.flow.workspace import Workspace, connect
 from delia.schema import Adapter
+from delia.store.adapters import fetch_adapter
 from delia.store.pools import Pool
 from delia.store.tables import join
 from delia.track.runs import Run, Tracker
@@ -93,7 +95,7 @@ def train_adapter(config: AdaptConfig, *, say: Say) -> Adapter:
     space = open_job(config)
     with tracked_stage("train", config, space) as run:
         _, adapter = _train(config, space, run, say)
-        run.log_artifacts(adapter.path, "adapter")
+        run.log_artifacts(fetch_adapter(adapter.path), "adapter")
     say(f"adapter: {adapter.path}")
     return adapter
 
@@ -108,4 +110,5 @@ def evaluate_adapter(config: AdaptConfig, *, say: Say) -> str:
         reports = evaluate_adapters(
             config.evaluate, space, {"base": BASE, MAIN: adapter.path}, rows, engine=config.engine
         )
+        log_report(run, reports[MAIN], None)
     return format_scores(reports, metrics=space.task.metrics, drift={})

@@ -9,7 +9,6 @@ one engine start.
 """
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -60,7 +59,6 @@ class EngineActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Answer one batch: columns of `SCHEMA` -> columns of a completion, a row a turn."""
-        started = time.monotonic()
         requests = [Request(**row, prompt_ids=tuple(ids)) for row, ids in _split_ids(batch)]
         completions = self._answer(requests)
         turns = [(completion, 1) for completion in completions]
@@ -68,7 +66,6 @@ class EngineActor:
             replies = [self._follow_up(completion) for completion in completions]
             second = self._answer([reply for reply in replies if reply is not None])
             turns += [(completion, 2) for completion in second]
-        seconds = (time.monotonic() - started) / max(1, len(turns))
         return pa.table(
             {
                 "request_id": [item.request_id for item, _ in turns],
@@ -77,7 +74,6 @@ class EngineActor:
                 "finish_reason": [item.finish_reason for item, _ in turns],
                 "num_prompt_tokens": pa.array([item.num_prompt_tokens for item, _ in turns], pa.int32()),
                 "logprobs": pa.array([list(item.logprobs) for item, _ in turns], pa.list_(pa.float32())),
-                "engine_seconds": pa.array([seconds] * len(turns), pa.float64()),
             }
         )
 

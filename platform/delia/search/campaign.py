@@ -18,13 +18,12 @@ from ray.tune.schedulers import ASHAScheduler
 from delia.config import dump_yaml, fingerprint, flatten
 from delia.errors import ConfigError, DeliaError
 from delia.evaluate.harness import EvalReport
-from delia.flow.adapt import AdaptConfig, open_job
+from delia.flow.adapt import AdaptConfig, log_report, open_job
 from delia.flow.evaluation import eval_address, evaluate_adapters
 from delia.flow.preflight import check_ratios
 from delia.flow.stages import make_pool, tracked_stage
 from delia.flow.trial import ArmConfig, plan_arm, train_arms
 from delia.flow.workspace import Workspace
-from delia.metrics import score_name
 from delia.schema import Split
 from delia.search.space import SearchConfig, plan_trials, shorten
 from delia.search.surface import Tradeoff, choose, summarise
@@ -162,7 +161,7 @@ def search(config: SearchConfig, *, say: Say) -> Outcome:
                 f"none of {len(arms)} trials ran to its end; see {config.recipe.output_dir}"
             )
         tradeoffs, chosen = summarise(reports, config), choose(reports, config)
-        _log(run, config, reports[chosen], tradeoffs[chosen], num_trials=len(reports))
+        _log(run, reports[chosen], tradeoffs[chosen], num_trials=len(reports))
     best = config.recipe.model_copy(update={"arm": arms[chosen], "name": f"{config.recipe.name}_searched"})
     address = join(space.output_dir, f"search-{fingerprint(config)}", "chosen.yaml")
     write_bytes(address, dump_yaml(best).encode())
@@ -182,10 +181,7 @@ def _read_finished(
     return reports
 
 
-def _log(run: Run, config: SearchConfig, report: EvalReport, tradeoff: Tradeoff, *, num_trials: int) -> None:
-    metric = next(iter(report.scores))
-    scores = {
-        score_name(suite, metric): report.interval(suite, metric).estimate for suite in report.suite_names()
-    }
+def _log(run: Run, report: EvalReport, tradeoff: Tradeoff, *, num_trials: int) -> None:
     best = tradeoff.task.estimate + tradeoff.kept.estimate
-    run.log_metrics({"search/trials": num_trials, "search/best_score": best, **scores}, step=0)
+    run.log_metrics({"search/trials": num_trials, "search/best_score": best}, step=0)
+    log_report(run, report, None)

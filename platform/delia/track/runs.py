@@ -21,8 +21,9 @@ from pydantic import Field
 
 from delia.config import FrozenConfig
 from delia.errors import ConfigError
-from delia.metrics import check_metric
+from delia.metrics import check_metric, score_name
 from delia.track.connection import connect, resolve_uri
+from delia.track.exporter import Exporter
 from delia.track.masking import hide_secrets, render_value
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Run:
         self._config = config
         self._params: dict[str, str] = dict(run.data.params)
         self._metrics: list[tuple[str, float, int, int]] = []
+        self._exporter = Exporter(self.name)
         self._patience = 1  # doubles while the server is away
         self._flushed_at = time.monotonic()
 
@@ -86,6 +88,7 @@ class Run:
 
         now = int(time.time() * 1000)
         self._metrics += [(check_metric(name), float(value), now, step) for name, value in values.items()]
+        self._exporter.export(values)
         waited = time.monotonic() - self._flushed_at
         is_full = len(self._metrics) >= self._config.max_buffered * self._patience
         if not is_full and waited < self._config.flush_seconds * self._patience:
@@ -96,6 +99,16 @@ class Run:
             self._patience *= 2
             self._flushed_at = time.monotonic()
             log.warning("metrics are kept, the tracking server is away: %s", hide_secrets(str(error)))
+
+    def log_scores(self, scores: Mapping[tuple[str, str], float]) -> None:
+        """Log scores by (suite, metric): in MLflow each under its own name.
+
+        Raises:
+            ConfigError: A suite's name can't be part of a metric's.
+        """
+        self.log_metrics({score_name(*parts): value for parts, value in scores.items()}, step=0)
+        for parts, value in scores.items():
+            self._exporter.export_score(*parts, value)
 
     def flush(self) -> None:
         """Send the buffered metrics; what could not be sent stays in the buffer.

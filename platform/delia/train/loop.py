@@ -110,6 +110,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
                     "train/gradient_norm": norm,
                     "train/learning_rate": rate,
                     "train/tokens_per_second": tokens / seconds,
+                    "train/step_seconds": seconds,
                 },
                 step,
             )
