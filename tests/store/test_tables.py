@@ -25,6 +25,7 @@ from delia.store.tables import (
     read_bytes,
     read_manifest,
     read_table,
+    upload_directory,
     write_bytes,
     write_table,
 )
@@ -66,6 +67,20 @@ def test_what_is_written_is_read_back_from_any_storage(address):
     assert is_finished(address)
     assert list_names(address) == ["manifest.json", "note.txt", "parts"]
     assert list_names(join(address, "none")) == []
+
+
+def test_a_directory_is_copied_with_all_that_is_below_it(address, tmp_path):
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "a.txt").write_text("a")
+    (source / "deep" / "b.txt").write_text("b")
+    write_bytes(join(address, "kept.txt"), b"c")
+    upload_directory(source, address)
+    assert [read_bytes(join(address, name)) for name in ("a.txt", "deep/b.txt", "kept.txt")] == [
+        b"a",
+        b"b",
+        b"c",
+    ]
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(address):

@@ -5,11 +5,12 @@
 The test split is read here, by the gate, and by `make reproduce` alone.
 """
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from delia.config import FrozenConfig
-from delia.errors import GateError
+from delia.errors import ConfigError, GateError
 from delia.evaluate.harness import BASE, EvalReport
 from delia.flow.adapt import AdaptConfig, open_job
 from delia.flow.evaluation import evaluate_adapters
@@ -18,28 +19,38 @@ from delia.flow.stages import tracked_stage
 from delia.flow.table import compare, format_scores
 from delia.flow.verify import verify_export
 from delia.flow.workspace import Workspace
-from delia.store.tables import join
+from delia.store.tables import join, upload_directory
 from delia.track.registry import ModelVersionInfo, fetch_adapter, get_version, get_version_by_alias
 from delia.track.runs import Tracker
 
 
 class PromoteConfig(FrozenConfig):
-    """Which version is to become champion of which recipe's model, and what it must hold."""
+    """Which version is to become champion of which recipe's model, and what it must hold.
+
+    `lock_dir` is a local or mounted directory that every promoting process sees; None: `output_dir`.
+    """
 
     recipe: AdaptConfig
     alias: str = "candidate"
     gate: GateConfig = GateConfig()
+    lock_dir: str | None = None
 
 
 def promote_version(config: PromoteConfig, *, say: Callable[[str], None]) -> ModelVersionInfo:
     """Verify and compare the version that has the alias, and make it champion if the gate lets it.
 
     Raises:
+        ConfigError: The gate's lock would lie in a bucket.
         GateError: The gate refuses, with its reasons, or a version belongs to another base model or
             chat format than the recipe's; the alias stays where it was.
         ExportError: The adapter does not do in vLLM what it does in HF + PEFT.
     """
     recipe = config.recipe
+    lock_dir = config.lock_dir or recipe.output_dir
+    if "://" in lock_dir:
+        raise ConfigError(
+            f"the gate's lock needs a local or mounted directory, not {lock_dir!r}; set lock_dir"
+        )
     space = open_job(recipe)
     name = recipe.track.registered_name or recipe.name.replace("_", "-")
     with tracked_stage("promote", recipe, space):
@@ -50,7 +61,7 @@ def promote_version(config: PromoteConfig, *, say: Callable[[str], None]) -> Mod
         for found in versions.values():
             _check_base(found, space)
         addresses = {
-            label: str(fetch_adapter(tracker, found.uri, Path(space.output_dir, "registry")))
+            label: _fetch(tracker, found, join(space.output_dir, "registry"))
             for label, found in versions.items()
         }
         rows = space.task.rows_by_split["test"]
@@ -69,7 +80,17 @@ def promote_version(config: PromoteConfig, *, say: Callable[[str], None]) -> Mod
         decision = _decide(reports, config, space.task.metrics[0], champion)
         for reason in decision.reasons:
             say(f"gate: {reason}")
-        return promote(tracker, name, candidate.version, decision, space.output_dir)
+        return promote(tracker, name, candidate.version, decision, lock_dir)
+
+
+def _fetch(tracker: Tracker, version: ModelVersionInfo, address: str) -> str:
+    """Bring a version to where every node can read it; return its address there."""
+    if "://" not in address:
+        return str(fetch_adapter(tracker, version.uri, Path(address)))
+    target = join(address, f"{version.name}-{version.version}")
+    with tempfile.TemporaryDirectory() as folder:
+        upload_directory(fetch_adapter(tracker, version.uri, Path(folder)), target)
+    return target
 
 
 def _check_base(version: ModelVersionInfo, space: Workspace) -> None:

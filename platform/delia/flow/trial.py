@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
-import pyarrow.fs as pafs
 import ray
 
 from delia.chat import ChatEncoder, EncodedChat, save_tokenizer
@@ -16,7 +16,7 @@ from delia.flow.workspace import Workspace
 from delia.mix.mixture import MixConfig, mix
 from delia.schema import Adapter, Messages, Mixture
 from delia.store.pools import Pool
-from delia.store.tables import Manifest, commit, is_finished, open_filesystem, read_manifest
+from delia.store.tables import Manifest, commit, is_finished, read_manifest, upload_directory
 from delia.train.launch import LogMetrics, forward_log, run_training
 from delia.train.loop import TrainInput
 from delia.train.settings import TrainConfig
@@ -153,10 +153,9 @@ def train_arms(
 
 def seal_adapter(arm: Arm, space: Workspace) -> None:
     """Add tokenizer and lineage to the adapter's files, and commit the directory."""
-    filesystem, target = open_filesystem(arm.address)
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(space.chat, folder)
-        pafs.copy_files(folder, target, destination_filesystem=filesystem)
+        upload_directory(Path(folder), arm.address)
     commit(
         arm.address,
         Manifest(

@@ -9,6 +9,7 @@ step is found again by any job with the same settings, and changed settings neve
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import ray
 
@@ -19,6 +20,9 @@ from delia.store.models import ModelConfig, identify_model, resolve_model
 from delia.store.tables import join
 
 LOCAL = "local"
+START_ATTEMPTS = 4
+SLOW_START = "timed out during startup"
+"""Ray waits 30 s for a node that it starts, whatever the load; no setting changes that."""
 JOB_ENVIRONMENT = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the entry point of a submitted job."""
 
@@ -52,7 +56,8 @@ def connect(config: RayConfig) -> None:
     address = config.address or os.environ.get("RAY_ADDRESS") or LOCAL
     # "local" starts a cluster even where another one runs on this machine
     num_cpus = (config.num_cpus or max(4, os.cpu_count() or 1)) if address == LOCAL else None
-    ray.init(
+    start = partial(
+        ray.init,
         address,
         num_cpus=num_cpus,
         runtime_env={"env_vars": environment},
@@ -60,6 +65,15 @@ def connect(config: RayConfig) -> None:
         log_to_driver=os.environ.get("DELIA_WORKER_LOGS", "0") == "1",
         logging_level=logging.WARNING,
     )
+    for _ in range(START_ATTEMPTS - 1):
+        try:
+            start()
+        except Exception as error:
+            if SLOW_START not in str(error):
+                raise
+        else:
+            return
+    start()
 
 
 @dataclass(frozen=True, kw_only=True)

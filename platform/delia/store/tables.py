@@ -11,6 +11,7 @@ import importlib.resources
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -99,6 +100,13 @@ def read_bytes(address: str) -> bytes:
             return bytes(stream.read())
     except FileNotFoundError as error:
         raise StoreError(f"no file at {address!r}") from error
+
+
+def upload_directory(directory: Path, address: str) -> None:
+    """Copy a local directory's files below an address; the caller commits what is complete."""
+    filesystem, path = open_filesystem(address)
+    filesystem.create_dir(path, recursive=True)
+    pafs.copy_files(str(directory), path, destination_filesystem=filesystem)
 
 
 def write_table(address: str, table: pa.Table) -> None:
