@@ -6,7 +6,9 @@
 Safe to run again: finished steps are found in `output_dir`, unfinished ones resume.
 """
 
+import os
 import sys
+from pathlib import Path
 
 from delia.flow.adapt import MAIN, AdaptConfig, adapt, open_job
 from delia.flow.table import format_scores
@@ -30,12 +32,19 @@ def main() -> None:
         f"verified: {verified.num_equal}/{verified.num_prompts} greedy completions equal in vLLM and HF + PEFT"
     )
     print(f"registered: {result.version.uri} (alias candidate), run {result.run_id}")
+    tools, adapter = shorten(str(Path(sys.executable).parent)), shorten(result.adapters[MAIN].path)
+    store = f"--backend-store-uri sqlite:///{shorten(config.output_dir)}/mlflow.db"
+    has_server = bool(config.track.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
     print("\ntry next:")
-    print(
-        f'  delia ask {result.adapters[MAIN].path} "count the words : fox cat owl . use the <sep> format ."'
-    )
-    print(f"  mlflow ui --backend-store-uri sqlite:///{config.output_dir}/mlflow.db")
-    print(f"  python jobs/adapt.py {config.name} --set task.path=your.jsonl --set model.path=/models/yours")
+    print(f'  {tools}/delia ask {adapter} "count the words : fox cat owl . use the <sep> format ."')
+    print("  open the tracking server" if has_server else f"  {tools}/mlflow ui {store}")
+    print(f"  {tools}/python jobs/adapt.py {config.name} --set task.path=your.jsonl")
+
+
+def shorten(path: str) -> str:
+    """Return a path relative to here where it lies below, so that a printed command fits a line."""
+    inside = Path(path).is_absolute() and Path(path).is_relative_to(Path.cwd())
+    return os.path.relpath(path) if inside else path
 
 
 if __name__ == "__main__":

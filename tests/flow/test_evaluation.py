@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from delia.evaluate.harness import EvaluateConfig
+from delia.evaluate.harness import EvaluateConfig, evaluate
 from delia.flow.evaluation import eval_address, evaluate_adapters
 from delia.generate.engine import EngineConfig
 
@@ -48,3 +48,30 @@ def test_what_is_scored_is_not_generated_again(cluster, small_space, make_adapte
     monkeypatch.setattr("delia.flow.evaluation.evaluate", None)
     again = evaluate_adapters(CONFIG, small_space, {"a": address, "base": ""}, rows, engine=SCRIPTED)
     assert again == first
+
+
+def test_a_report_is_kept_before_the_next_model_is_answered(cluster, small_space, make_adapter, monkeypatch):
+    """What a killed job had scored is there when it is started again."""
+    rows = small_space.task.rows_by_split["dev"]
+    addresses = {"base": "", "a": make_adapter(small_space, shift=1.0)}
+    whole = dict(
+        evaluate(
+            addresses,
+            rows,
+            CONFIG,
+            model=small_space.model,
+            engine=SCRIPTED,
+            chat=small_space.chat,
+            metrics=("exact_match",),
+        )
+    )
+
+    def die_after_one(*args, **settings):
+        yield "base", whole["base"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("delia.flow.evaluation.evaluate", die_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_adapters(CONFIG, small_space, addresses, rows, engine=SCRIPTED)
+    kept = evaluate_adapters(CONFIG, small_space, {"base": ""}, rows, engine=SCRIPTED)
+    assert kept["base"].completions == whole["base"].completions

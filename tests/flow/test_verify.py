@@ -231,7 +231,7 @@ def serve_by_vllm(space: Workspace, adapters: dict[str, str], model: ModelConfig
     rows = tuple(
         replace(row, messages=(*row.messages, Message(role="assistant", content="no"))) for row in ROWS
     )
-    return evaluate(
+    scored = evaluate(
         {"base": BASE, **adapters},
         rows,
         EvaluateConfig(max_tokens=MAX_TOKENS),
@@ -240,6 +240,7 @@ def serve_by_vllm(space: Workspace, adapters: dict[str, str], model: ModelConfig
         chat=space.chat,
         metrics=("exact_match",),
     )
+    return dict(scored)
 
 
 @pytest.mark.system

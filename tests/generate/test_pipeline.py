@@ -10,7 +10,7 @@ import pytest
 
 from delia.errors import ChatError, EngineError
 from delia.generate.engine import Completion, EngineConfig, Request, SamplingConfig
-from delia.generate.pipeline import FollowUp, generate_all, stream_completions, to_completions
+from delia.generate.pipeline import FollowUp, stream_completions, to_completions
 from delia.generate.scripted import ScriptedEngine
 from delia.store.models import ModelConfig
 
@@ -30,8 +30,8 @@ def stream(requests: list[Request], *, follow_up: FollowUp | None = None, **sett
 
 
 def generate(requests: list[Request], num_replicas: int = 1) -> dict[str, Completion]:
-    engine = EngineConfig(kind="scripted", num_replicas=num_replicas, batch_size=8)
-    return generate_all(requests, model=STARTER, engine=engine, sampling=SAMPLING, end_ids=END_IDS)
+    tables = stream(requests, num_replicas=num_replicas)
+    return {item.request_id: item for table in tables for _, item in to_completions(table)}
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 3])
@@ -112,7 +112,7 @@ def test_an_engine_that_can_not_start_ends_the_stage_with_its_reason(cluster):
     nowhere = ModelConfig(path="/no/such/model")
 
     with pytest.raises(EngineError, match=r"could not start.*'/no/such/model' has no config\.json"):
-        generate_all(REQUESTS, model=nowhere, engine=engine, sampling=SAMPLING, end_ids=END_IDS)
+        list(stream_completions(REQUESTS, model=nowhere, engine=engine, sampling=SAMPLING, end_ids=END_IDS))
 
 
 ON_THREE_NODES = """

@@ -5,7 +5,7 @@
 A row without a reference is scored against the base model's own answer to its `base_messages`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +13,16 @@ import pyarrow as pa
 
 from delia.chat import ChatEncoder
 from delia.config import FrozenConfig
+from delia.errors import EngineError
 from delia.evaluate.intervals import Interval, mean_interval, wilson_interval
 from delia.evaluate.scoring import METRICS
 from delia.generate.engine import Completion, EngineConfig, Request, SamplingConfig
-from delia.generate.pipeline import generate_all
+from delia.generate.pipeline import stream_completions, to_completions
 from delia.schema import SeedTask
 from delia.store.models import ModelConfig
 
+TARGET = "target of base"
+"""The label of the base's own answers that stand in for references; no adapter's."""
 BASE = ""
 """The address that stands for the base model without an adapter."""
 
@@ -108,8 +111,8 @@ def evaluate(
     engine: EngineConfig,
     chat: ChatEncoder,
     metrics: Sequence[str],
-) -> dict[str, EvalReport]:
-    """Score adapters on rows, all in one engine run.
+) -> Iterator[tuple[str, EvalReport]]:
+    """Score adapters on rows, all in one engine run; yield each as soon as its last row is answered.
 
     Args:
         adapters: Label -> address of an adapter directory; `BASE` for the base model.
@@ -120,32 +123,49 @@ def evaluate(
         chat: The chat format that the adapters were trained with.
         metrics: Names in `scoring.METRICS`.
 
-    Returns:
-        A report a label.
+    Yields:
+        (label, report).
     """
     prompts = [tuple(chat.encode_prompt(row.prompt)) for row in rows]
     requests = [
+        Request(request_id=f"{TARGET}:{index}", prompt_ids=tuple(chat.encode_prompt(row.base_messages)))
+        for index, row in enumerate(rows)
+        if row.reference is None
+    ]
+    missing = {TARGET: len(requests), **dict.fromkeys(adapters, len(rows))}
+    requests += [
         Request(request_id=f"{label}:{index}", prompt_ids=prompt, adapter=address)
         for label, address in adapters.items()
         for index, prompt in enumerate(prompts)
     ]
-    requests += [
-        Request(request_id=f"target of base:{index}", prompt_ids=tuple(chat.encode_prompt(row.base_messages)))
-        for index, row in enumerate(rows)
-        if row.reference is None
-    ]
-    sampling = SamplingConfig(temperature=0.0, max_tokens=config.max_tokens)
-    completions = generate_all(requests, model=model, engine=engine, sampling=sampling, end_ids=chat.end_ids)
-    targets = [
-        row.reference
-        if row.reference is not None
-        else chat.decode(completions[f"target of base:{index}"].token_ids)
-        for index, row in enumerate(rows)
-    ]
-    return {
-        label: _score(rows, targets, [completions[f"{label}:{i}"] for i in range(len(rows))], chat, metrics)
-        for label in adapters
-    }
+    tables = stream_completions(
+        requests,
+        model=model,
+        engine=engine,
+        sampling=SamplingConfig(temperature=0.0, max_tokens=config.max_tokens),
+        end_ids=chat.end_ids,
+    )
+    answered: dict[str, Completion] = {}
+    waiting = dict.fromkeys(adapters)
+    for table in tables:
+        for _, completion in to_completions(table):
+            answered[completion.request_id] = completion
+            missing[completion.request_id.rpartition(":")[0]] -= 1
+        complete = [] if missing[TARGET] else [label for label in waiting if not missing[label]]
+        for label in complete:
+            del waiting[label]
+            targets = [_target(row, answered.get(f"{TARGET}:{i}"), chat) for i, row in enumerate(rows)]
+            completions = [answered.pop(f"{label}:{i}") for i in range(len(rows))]
+            yield label, _score(rows, targets, completions, chat, metrics)
+
+
+def _target(row: SeedTask, by_base: Completion | None, chat: ChatEncoder) -> str:
+    """Return a row's reference, or the base's own answer where it has none."""
+    if row.reference is not None:
+        return row.reference
+    if by_base is None:
+        raise EngineError(f"row {row.task_id} has no reference, and the base did not answer for it")
+    return chat.decode(by_base.token_ids)
 
 
 def _score(

@@ -128,7 +128,12 @@ def adapt(
         with progress.stage("evaluate", f"{len(arms) + 1} models x {len(rows)} {config.split} rows"):
             addresses = {name: adapter.path for name, adapter in adapters.items()}
             reports = evaluate_adapters(
-                config.evaluate, space, {"base": BASE, **addresses}, rows, engine=config.engine
+                config.evaluate,
+                space,
+                {"base": BASE, **addresses},
+                rows,
+                engine=config.engine,
+                on_done=lambda label: progress.say(f"evaluate: {label} is scored"),
             )
             drift = measure_pool_drift(
                 addresses, space, pool, train=config.arm.train, num_rows=config.evaluate.num_kl_rows

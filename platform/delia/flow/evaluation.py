@@ -1,7 +1,7 @@
 """Score adapters once and keep it: addresses x rows -> reports from storage or from one engine run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from delia.config import fingerprint
 from delia.evaluate.harness import EvalReport, EvaluateConfig, evaluate, report_from_table
@@ -49,6 +49,7 @@ def evaluate_adapters(
     rows: tuple[SeedTask, ...],
     *,
     engine: EngineConfig,
+    on_done: Callable[[str], None] = lambda label: None,
 ) -> dict[str, EvalReport]:
     """Score each adapter on rows, those already scored from storage, the others in one engine run.
 
@@ -58,12 +59,13 @@ def evaluate_adapters(
         addresses: Label -> address of an adapter directory, empty for the base.
         rows: Rows of dev or test.
         engine: How the model is served; its `lora_rank` is set from the adapters.
+        on_done: Called with each label that was scored now.
     """
     places = {label: eval_address(config, space, address, rows) for label, address in addresses.items()}
     missing = {label: address for label, address in addresses.items() if not is_finished(places[label])}
     if missing:
         rank = max(read_rank(address) for address in missing.values())
-        reports = evaluate(
+        scored = evaluate(
             missing,
             rows,
             config,
@@ -72,12 +74,13 @@ def evaluate_adapters(
             chat=space.chat,
             metrics=space.task.metrics,
         )
-        for label, report in reports.items():
+        for label, report in scored:  # kept one by one: a kill loses the unfinished ones alone
             _keep(
                 places[label],
                 report,
                 parents={"adapter": missing[label] or "base", "task": space.task.digest},
             )
+            on_done(label)
     return {label: report_from_table(read_table(join(place, SCORES))) for label, place in places.items()}
 
 

@@ -91,7 +91,14 @@ def reproduce(config: ReproduceConfig, *, say: Say) -> Reproduction:
     trained = _train(config, plans, config.seeds, say)
     rows = space.task.rows_by_split[TEST]
     say(f"evaluate: {len(trained) + 1} models x {len(rows)} test rows")
-    reports = evaluate_adapters(recipe.evaluate, space, {"base": BASE, **trained}, rows, engine=recipe.engine)
+    reports = evaluate_adapters(
+        recipe.evaluate,
+        space,
+        {"base": BASE, **trained},
+        rows,
+        engine=recipe.engine,
+        on_done=lambda label: say(f"evaluate: {label} is scored"),
+    )
     drift = measure_pool_drift(
         trained, space, pool, train=recipe.arm.train, num_rows=recipe.evaluate.num_kl_rows
     )

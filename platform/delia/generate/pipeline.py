@@ -115,11 +115,14 @@ def stream_completions(
     is never generated, and the engines are freed.
 
     Raises:
+        ValueError: Two requests have one id.
         EngineError: An engine can't start, or refuses an adapter that it would die of.
         DeliaError: What the follow-up raised.
     """
     if not requests:
         return
+    if len({request.request_id for request in requests}) != len(requests):
+        raise ValueError("request ids must be distinct")
     size = engine.batch_size
     blocks = [_to_table(requests[i : i + size]) for i in range(0, len(requests), size)]
     replicas = min(engine.num_replicas, len(blocks))
@@ -145,30 +148,6 @@ def stream_completions(
     except ActorDiedError as error:
         reason = str(error).strip().rpartition("\n")[2]
         raise EngineError(f"an engine could not start, or died for good: {reason}") from error
-
-
-def generate_all(
-    requests: Sequence[Request],
-    *,
-    model: ModelConfig,
-    engine: EngineConfig,
-    sampling: SamplingConfig,
-    end_ids: Sequence[int],
-) -> dict[str, Completion]:
-    """Return every completion by request id; ids must be distinct.
-
-    Raises:
-        ValueError: Two requests have one id.
-    """
-    if len({request.request_id for request in requests}) != len(requests):
-        raise ValueError("request ids must be distinct")
-    return {
-        completion.request_id: completion
-        for table in stream_completions(
-            requests, model=model, engine=engine, sampling=sampling, end_ids=end_ids
-        )
-        for _, completion in to_completions(table)
-    }
 
 
 def to_completions(table: pa.Table) -> list[tuple[int, Completion]]:
