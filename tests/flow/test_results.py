@@ -47,6 +47,7 @@ def result() -> Reproduction:
         plain__from_the_row=[(0.5, 0.0), (0.5, 0.0)],
         delia__from_the_row=[(0.4, 0.9), (0.4, 0.9)],
         plain__best_on_dev=[(0.9, 0.9), (0.9, 0.9)],
+        delia__few_prompts=[(0.9, 0.8), (0.8, 0.8)],
     )
 
 
@@ -66,6 +67,7 @@ def test_each_plain_arm_is_compared_with_its_own_twin_and_with_the_recipe(result
         ("recipe", "plain"),
         ("recipe", "plain, from the row"),
         ("recipe", "plain, best on dev"),
+        ("delia", "delia, few prompts"),
     ]
     assert default_pairs(make_result(base=[(0, 1)], plain=[(1, 1)], recipe=[(1, 1)])) == [("recipe", "plain")]
 

@@ -79,10 +79,13 @@ def draw_plot(result: Reproduction, suites: Sequence[str], path: Path) -> None:
 def default_pairs(result: Reproduction) -> list[tuple[str, str]]:
     """Return the comparisons that the claims rest on: DELIA and the recipe against every plain arm.
 
-    An arm `plain, X` is compared with `delia, X` where there is one, else with `delia`.
+    An arm `plain, X` is compared with `delia, X` where there is one, else with `delia`; an arm
+    `delia, X` without such a twin is a control, and `delia` is compared with it.
     """
     plain = [name for name in result.reports if name.startswith(PLAIN)]
     twins = {name: name.replace(PLAIN, DELIA, 1) for name in plain}
     ours = {name: twin if twin in result.reports else DELIA for name, twin in twins.items()}
     pairs = [(ours[name], name) for name in plain] + [(RECIPE, name) for name in plain]
+    controls = [name for name in result.reports if name.startswith(f"{DELIA},") and name not in ours.values()]
+    pairs += [(DELIA, name) for name in controls]
     return [pair for pair in pairs if pair[0] in result.reports]
