@@ -99,17 +99,23 @@ def starter_sep() -> AdaptConfig:
 
 
 def starter_lingo() -> AdaptConfig:
-    """Teach words of an invented language that the base has never seen translated."""
-    train = TrainConfig(lora=LORA, stages=(_joint_stage(300, learning_rate=2e-3),))
+    """Teach words of an invented language that the base has never seen translated.
+
+    What is to be learnt here are facts: LoRA is on every linear layer, and the ratio is low.
+    """
+    every_layer = LORA.model_copy(
+        update={"target_modules": (*LORA.target_modules, "gate_proj", "up_proj", "down_proj")}
+    )
+    train = TrainConfig(lora=every_layer, stages=(_joint_stage(400, learning_rate=5e-3),))
     return AdaptConfig(
         name="starter_lingo",
         model=STARTER,
         task=TaskConfig(path="package://delia.starter/tasks/lingo"),
         pool=PoolConfig(
-            synthesize=SynthesizeConfig(sources=(_magpie(2200),), sampling=SamplingConfig(max_tokens=96)),
+            synthesize=SynthesizeConfig(sources=(_magpie(800),), sampling=SamplingConfig(max_tokens=96)),
             curate=CURATE,
         ),
-        arm=ArmConfig(mix=SELF_SAMPLED, train=train),
+        arm=ArmConfig(mix=SELF_SAMPLED.model_copy(update={"diverse_ratio": 3.0}), train=train),
         baselines={"plain": ArmConfig(mix=MixConfig(diverse_ratio=0.0), train=train)},
         engine=ENGINE,
         split="test",
@@ -157,6 +163,8 @@ def reproduce_sep() -> ReproduceConfig:
         for rate in (5e-4, 2e-3, 5e-3)
         for steps in (30, 100)
     }
+    attention_only = TrainConfig(lora=LORA, stages=(_joint_stage(300, learning_rate=2e-3),))
+    other_task = ArmConfig(mix=MixConfig(diverse_ratio=0.0), train=attention_only)
     starts: dict[str, TokenInit] = {"reserved row": "reserved_row", "stand-in": "stand_in"}
     return ReproduceConfig(
         recipe=recipe,
@@ -169,7 +177,7 @@ def reproduce_sep() -> ReproduceConfig:
             },
         },
         tuned=variants,
-        foreign=starter_lingo(),
+        foreign=starter_lingo().model_copy(update={"baselines": {"plain": other_task}}),
         narrow_word="capital",
         num_few=15,
         one_wording=True,
