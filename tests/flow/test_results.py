@@ -94,4 +94,6 @@ def test_the_plot_names_every_arm_and_is_the_same_each_time(result, tmp_path):
     draw_plot(result, SUITES, tmp_path / "b.svg")
     text = (tmp_path / "a.svg").read_text()
     assert text == (tmp_path / "b.svg").read_text()
-    assert all(f"<!-- {name} -->" in text for name in (*result.reports, *SUITES))
+    assert all(f">{name}</text>" in text for name in (*result.reports, *SUITES, "exact match"))
+    num_seeds = sum(len(reports) for reports in result.reports.values())
+    assert text.count("fill-opacity: 0.7") == num_seeds * len(SUITES)

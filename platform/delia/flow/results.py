@@ -13,6 +13,7 @@ from delia.flow.reproduction import RECIPE, Reproduction
 from delia.flow.table import format_interval
 
 PLAIN, DELIA = "plain", "delia"
+COLOURS = {PLAIN: "tab:red", DELIA: "tab:blue", RECIPE: "tab:green", "rows_only": "tab:orange"}
 
 
 def format_arms(result: Reproduction, suites: Sequence[str]) -> str:
@@ -52,25 +53,27 @@ def write_section(path: Path, heading: str, body: str) -> None:
 
 
 def draw_plot(result: Reproduction, suites: Sequence[str], path: Path) -> None:
-    """Draw the mean score of each arm on each suite, a dot a seed, as SVG."""
-    import matplotlib as mpl
+    """Draw scores as SVG: a panel a suite, a line an arm, a dot a seed."""
+    import matplotlib as mpl  # late: development only
 
     mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "delia"
+    mpl.rcParams.update({"svg.hashsalt": "delia", "svg.fonttype": "none", "font.size": 8})
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(11, 5))
     names = list(result.reports)
-    for row, name in enumerate(names):
-        for column, suite in enumerate(suites):
+    size = (2.5 + 1.4 * len(suites), 0.8 + 0.22 * len(names))
+    figure, grid = pyplot.subplots(1, len(suites), sharey=True, figsize=size, squeeze=False)
+    for axes, suite in zip(grid[0], suites, strict=True):
+        for line, name in enumerate(names):
             means = [report.interval(suite, result.metric).estimate for report in result.reports[name]]
-            x = np.full(len(means), column + (row - len(names) / 2) * 0.8 / len(names))
-            axes.plot(x, means, "o", color=f"C{row % 10}", markersize=5, label=name if column == 0 else None)
-    axes.set_xticks(range(len(suites)), suites)
-    axes.set_ylabel(result.metric.replace("_", " "))
-    axes.set_ylim(-0.03, 1.03)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+            colour = next((colour for start, colour in COLOURS.items() if name.startswith(start)), "black")
+            axes.plot(means, [line] * len(means), "o", color=colour, markersize=4, alpha=0.7)
+        axes.set_title(suite, fontsize=8)
+        axes.set_xlim(-0.05, 1.05)
+        axes.grid(alpha=0.3)
+    grid[0][0].set_yticks(range(len(names)), names)
+    grid[0][0].invert_yaxis()
+    figure.supxlabel(result.metric.replace("_", " "), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
