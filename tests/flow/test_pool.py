@@ -260,7 +260,7 @@ def test_nothing_stored_and_no_engine_is_an_error_and_not_an_empty_pool(space):
 # ---- the real engine
 
 
-@pytest.mark.soak
+@pytest.mark.system
 def test_two_replicas_of_vllm_write_the_256_candidates_and_the_pool_of_one(cluster, opened, tmp_path):
     source = SourceConfig(
         name="magpie",

@@ -1,5 +1,7 @@
 """A campaign on real Ray Tune, Ray Train and MLflow, with a scripted engine: what is kept of each trial."""
 
+from pathlib import Path
+
 import pytest
 
 from delia.config import load_yaml
@@ -13,7 +15,7 @@ from delia.schema import Message, SeedTask, Task
 from delia.search import campaign
 from delia.search.campaign import TrialStoppedError, open_search, search
 from delia.search.space import SearchConfig
-from delia.store.tables import open_filesystem
+from delia.store.tables import open_filesystem, read_manifest
 from delia.store.tasks import digest_task, write_task
 from delia.track.runs import TrackConfig, Tracker
 from delia.train.settings import StageConfig, TrainConfig
@@ -111,6 +113,30 @@ def test_a_trial_that_breaks_is_closed_as_failed_and_the_others_are_kept(cluster
         "trial ratio-0-rate-1e+36": "FAILED",
         "trial rows-only": "FINISHED",
     }
+
+
+def test_asha_scores_every_rung_and_the_last_is_the_whole_training(cluster, config):
+    settings = {"scheduler": "asha", "rungs": (0.5, 1.0)}
+    outcome = search(config.model_copy(update=settings), say=lambda text: None)
+    assert set(outcome.tradeoffs) == {"ratio-0-rate-1", "rows-only"}
+
+    tracker = Tracker(TrackConfig(), default_store=f"{config.recipe.output_dir}/mlflow.db")
+    experiment = tracker.client.get_experiment_by_name("delia")
+    trials = [
+        run
+        for run in tracker.client.search_runs([experiment.experiment_id])
+        if run.info.run_name.startswith("trial")
+    ]
+    histories = [
+        [item.step for item in tracker.client.get_metric_history(run.info.run_id, "search/best_score")]
+        for run in trials
+    ]
+    assert histories == [[1, 2], [1, 2]]
+    steps = {
+        read_manifest(str(path.parent), kind="adapter").details["train"]["stages"][0]["max_steps"]
+        for path in Path(config.recipe.output_dir).glob("adapters/*/manifest.json")
+    }
+    assert steps == {1, 2}
 
 
 # ---- before any work

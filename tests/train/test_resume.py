@@ -138,6 +138,14 @@ def read_command(process: psutil.Process) -> str:
         return ""
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Tell whether a process still does anything; one that nobody has waited for does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def read_json(file: Path) -> dict:
     """Return a file's JSON, nothing while it is not there or half written."""
     try:
@@ -169,7 +177,7 @@ def long_task(make_input):
     return make_input(stages=(stage,), checkpoint_every=20, dropout=0.1)
 
 
-@pytest.mark.soak
+@pytest.mark.system
 def test_a_killed_worker_and_a_killed_driver_change_nothing(make_driver, long_task):
     """Three runs of one training: undisturbed, its worker killed, its driver killed and started again."""
     undisturbed = make_driver("undisturbed", long_task)
@@ -182,7 +190,7 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(make_driver, long_ta
     wait_for(loses_worker.list_committed, "a committed checkpoint")
     (worker,) = loses_worker.find_workers()
     worker.kill()
-    wait_for(lambda: not worker.is_running(), "the worker's end")
+    wait_for(lambda: not is_alive(worker), "the worker's end")
     assert 240 not in loses_worker.read_steps(), "the kill came too late to show anything"
     assert_equal_tensors(loses_worker.finish(), expected)
     assert loses_worker.read_steps().count(1) == 1, "the run started again at its first step"
@@ -193,7 +201,7 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(make_driver, long_ta
     (orphan,) = loses_driver.find_workers()
     loses_driver.process.kill()
     loses_driver.process.wait()
-    wait_for(lambda: not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE, "the worker's end")
+    wait_for(lambda: not is_alive(orphan), "the worker's end")
     before = loses_driver.read_steps()
     assert 240 not in before, "the kill came too late to show anything"
     assert not (loses_driver.folder / "adapter").exists()
@@ -203,3 +211,25 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(make_driver, long_ta
     after = loses_driver.read_steps()[len(before) :]
     assert after[0] > 20, "the second driver did not go on from the checkpoint"
     assert after == list(range(after[0], 241))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_driver_killed_at_any_moment_again_and_again_changes_nothing(make_driver, long_task):
+    """Kills fall into starting, training, saving and exporting, wherever the seconds happen to lead."""
+    undisturbed = make_driver("undisturbed", long_task)
+    undisturbed.start()
+    expected = undisturbed.finish()
+
+    shaken = make_driver("shaken", long_task)
+    for seconds in (4, 9, 14, 17, 20, 23, 26, 30):
+        shaken.start()
+        time.sleep(seconds)
+        if not shaken.is_running():
+            break
+        workers = shaken.find_workers()
+        shaken.process.kill()
+        shaken.process.wait()
+        wait_for(lambda workers=workers: not any(map(is_alive, workers)), "the workers' end")
+    shaken.start()
+    assert_equal_tensors(shaken.finish(), expected)
