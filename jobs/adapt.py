@@ -38,7 +38,7 @@ def main() -> None:
     print("\ntry next:")
     print(f'  {tools}/delia ask {adapter} "count the words : fox cat owl . use the <sep> format ."')
     print("  open the tracking server" if has_server else f"  {tools}/mlflow ui {store}")
-    print(f"  {tools}/python jobs/adapt.py {config.name} --set task.path=your.jsonl")
+    print(f"  {tools}/python jobs/adapt.py starter_lingo --set task.path=your.jsonl")
 
 
 def shorten(path: str) -> str:

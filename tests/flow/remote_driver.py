@@ -32,13 +32,8 @@ def main() -> None:
     logs = {"arm": lambda metrics, step: steps.append(step)}
     adapter = train_arms({"arm": arm}, space, None, logs=logs, max_concurrent=1)["arm"]
     rows = space.task.rows_by_split["dev"]
-    reports = evaluate_adapters(
-        EvaluateConfig(max_tokens=8),
-        space,
-        {"base": BASE, "adapter": adapter.path},
-        rows,
-        engine=EngineConfig(kind="scripted"),
-    )
+    config, engine = EvaluateConfig(max_tokens=8), EngineConfig(kind="scripted")
+    reports = evaluate_adapters(config, space, {"base": BASE, "adapter": adapter.path}, rows, engine=engine)
     tracker = Tracker(TrackConfig(), default_store=output_dir)
     with tracker.run("train") as run:
         version = register_adapter(tracker, run, fetch_adapter(adapter.path), name="remote", tags={})
@@ -47,7 +42,7 @@ def main() -> None:
             {
                 "adapter": adapter.path,
                 "steps": sorted(set(steps)),
-                "scored": is_finished(eval_address(EvaluateConfig(max_tokens=8), space, adapter.path, rows)),
+                "scored": is_finished(eval_address(config, space, adapter.path, rows, engine=engine)),
                 "rows": {label: len(report.task_ids) for label, report in reports.items()},
                 "version": version.uri,
             }

@@ -1,5 +1,7 @@
 """`delia ask`: the adapter and its base side by side, from a directory and from the registry."""
 
+from pathlib import Path
+
 import pytest
 
 from delia.cli import main
@@ -40,6 +42,14 @@ def test_a_registered_version_is_asked_by_its_alias(small_space, make_adapter, t
         ask("models:/small@candidate", QUESTION)
     with pytest.raises(ConfigError, match="models:/NAME/3 or models:/NAME@alias"):
         ask("models:/small", QUESTION)
+
+
+def test_a_base_whose_chat_format_has_changed_is_refused(small_space, make_adapter):
+    directory = make_adapter(small_space, shift=0.0)
+    manifest = Path(directory, "manifest.json")
+    manifest.write_text(manifest.read_text().replace(small_space.chat.template_hash, "0" * 32))
+    with pytest.raises(StoreError, match=r"was trained with chat format 0+, .* now has"):
+        ask(directory, QUESTION)
 
 
 def test_a_place_without_an_adapter_is_refused(tmp_path):

@@ -13,6 +13,10 @@ CONFIG = EvaluateConfig(max_tokens=8)
 SCRIPTED = EngineConfig(kind="scripted")
 
 
+def locate(space, adapter, rows, *, config=CONFIG, engine=SCRIPTED) -> str:
+    return eval_address(config, space, adapter, rows, engine=engine)
+
+
 def test_two_adapters_in_folders_of_one_name_do_not_share_their_scores(small_space, make_adapter, tmp_path):
     """A registry gives every version a folder `adapter`."""
     rows = small_space.task.rows_by_split["dev"]
@@ -21,23 +25,45 @@ def test_two_adapters_in_folders_of_one_name_do_not_share_their_scores(small_spa
         made = make_adapter(small_space, shift=shift, seed=int(version))
         shutil.copytree(made, tmp_path / version / "adapter")
         copies.append(str(tmp_path / version / "adapter"))
-        assert eval_address(CONFIG, small_space, copies[-1], rows) == eval_address(
-            CONFIG, small_space, made, rows
-        )
-    assert len({eval_address(CONFIG, small_space, address, rows) for address in (*copies, "")}) == 3
+        assert locate(small_space, copies[-1], rows) == locate(small_space, made, rows)
+    assert len({locate(small_space, address, rows) for address in (*copies, "")}) == 3
 
 
-@pytest.mark.parametrize("change", ["rows", "config", "task"])
-def test_other_rows_settings_or_tasks_are_scored_anew(small_space, change):
+@pytest.mark.parametrize("change", ["rows", "settings", "task", "metrics", "dtype", "engine"])
+def test_another_question_is_answered_anew(small_space, change):
     rows = small_space.task.rows_by_split["dev"]
-    before = eval_address(CONFIG, small_space, "", rows)
-    space = dataclasses.replace(small_space, task=dataclasses.replace(small_space.task, digest="other"))
+    task, model = small_space.task, small_space.model
+
+    def with_task(**changes) -> str:
+        return locate(dataclasses.replace(small_space, task=dataclasses.replace(task, **changes)), "", rows)
+
     after = {
-        "rows": lambda: eval_address(CONFIG, small_space, "", rows[1:]),
-        "config": lambda: eval_address(EvaluateConfig(max_tokens=9), small_space, "", rows),
-        "task": lambda: eval_address(CONFIG, space, "", rows),
+        "rows": lambda: locate(small_space, "", rows[1:]),
+        "settings": lambda: locate(small_space, "", rows, config=EvaluateConfig(max_tokens=9)),
+        "task": lambda: with_task(digest="other"),
+        "metrics": lambda: with_task(metrics=("chrf",)),
+        "dtype": lambda: locate(
+            dataclasses.replace(small_space, model=model.model_copy(update={"dtype": "bfloat16"})), "", rows
+        ),
+        "engine": lambda: locate(small_space, "", rows, engine=EngineConfig(kind="vllm")),
     }[change]()
-    assert after != before
+    assert after != locate(small_space, "", rows)
+
+
+def test_the_number_of_replicas_does_not_matter(small_space):
+    rows = small_space.task.rows_by_split["dev"]
+    more = SCRIPTED.model_copy(update={"num_replicas": 3, "batch_size": 7})
+    assert locate(small_space, "", rows, engine=more) == locate(small_space, "", rows)
+
+
+def test_scores_keep_the_tasks_order_of_metrics(cluster, small_space):
+    """The first is the one that the gate and the search go by."""
+    space = dataclasses.replace(
+        small_space, task=dataclasses.replace(small_space.task, metrics=("chrf", "exact_match"))
+    )
+    rows = space.task.rows_by_split["dev"]
+    report = evaluate_adapters(CONFIG, space, {"base": ""}, rows, engine=SCRIPTED)["base"]
+    assert list(report.scores) == ["chrf", "exact_match"]
 
 
 def test_what_is_scored_is_not_generated_again(cluster, small_space, make_adapter, monkeypatch):

@@ -1,11 +1,20 @@
 """What a job would fail of after hours is refused before it starts."""
 
+import dataclasses
+
 import pytest
 
 from delia.errors import ChatError, ConfigError, MixtureError, TrainError
 from delia.evaluate.harness import EvaluateConfig
 from delia.flow.adapt import open_job
-from delia.flow.preflight import check_lengths, check_metrics, check_ratios
+from delia.flow.preflight import (
+    check_lengths,
+    check_metrics,
+    check_pool_lengths,
+    check_ratios,
+    check_split,
+    check_stages,
+)
 from delia.flow.trial import ArmConfig
 from delia.flow.workspace import open_workspace
 from delia.generate.engine import EngineConfig
@@ -40,12 +49,71 @@ def make_arm(ratio: float = 1.0, *, max_length: int = 64, on_long: str = "error"
 # ---- metrics
 
 
+def make_task(**changes) -> Task:
+    rows = {"train": (), "dev": (make_row("a"),), "test": ()}
+    return Task(**{"name": "t", "digest": "d", "rows_by_split": rows, **changes})
+
+
 def test_a_metric_that_nothing_computes_is_refused_with_those_that_there_are():
-    check_metrics(("exact_match", "chrf"))
+    check_metrics(make_task(metrics=("exact_match", "chrf")))
     with pytest.raises(
         ConfigError, match=r"\['bleurt'\]: no such metric; there are \['chrf', 'exact_match'\]"
     ):
-        check_metrics(("exact_match", "bleurt"))
+        check_metrics(make_task(metrics=("exact_match", "bleurt")))
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_a_suite_whose_score_has_no_name_is_refused(split):
+    rows = {"train": (), "dev": (), "test": ()}
+    rows[split] = (dataclasses.replace(make_row("a"), suite="negated-same"),)
+    with pytest.raises(ConfigError, match="got 'negated-same'; rename it in the task file"):
+        check_metrics(make_task(rows_by_split=rows))
+
+
+# ---- splits
+
+
+def test_a_split_without_rows_is_refused():
+    check_split(make_task(), "dev")
+    with pytest.raises(ConfigError, match="split 'test' of task 't' has no rows"):
+        check_split(make_task(), "test")
+
+
+# ---- stages
+
+
+def make_stages(*stages: StageConfig, **settings) -> dict[str, ArmConfig]:
+    return {"arm": ArmConfig(mix=MixConfig(), train=TrainConfig(stages=stages, **settings))}
+
+
+BOTH = StageConfig(max_steps=1)
+ROWS = StageConfig(max_steps=1, parts=("token_rows",))
+ON_TOKEN_ROWS = StageConfig(max_steps=1, parts=("lora",), rows="token")
+
+
+def test_a_stage_that_would_move_nothing_is_refused():
+    with_token = make_task(tokens=("<sep>",))
+    check_stages(with_token, make_stages(ROWS, BOTH, ON_TOKEN_ROWS))
+    check_stages(with_token, make_stages(ROWS, lora=None))
+    check_stages(make_task(), make_stages(BOTH))
+    for task, arms in (
+        (make_task(), make_stages(BOTH, ROWS)),
+        (make_task(), make_stages(ON_TOKEN_ROWS)),
+        (make_task(), make_stages(BOTH, lora=None)),
+        (with_token, make_stages(StageConfig(max_steps=1, parts=("lora",)), lora=None)),
+    ):
+        with pytest.raises(ConfigError, match=r"arm: stage . moves"):
+            check_stages(task, arms)
+
+
+def test_a_start_at_the_instruction_needs_an_instruction():
+    arms = make_stages(BOTH, token_init="mean_instruction")
+    check_stages(make_task(), arms)
+    check_stages(make_task(tokens=("<sep>",), long_instruction="say it"), arms)
+    with pytest.raises(
+        ConfigError, match=r"arm: train.token_init=mean_instruction needs the task's long_instr"
+    ):
+        check_stages(make_task(tokens=("<sep>",)), arms)
 
 
 # ---- lengths
@@ -85,6 +153,21 @@ def test_the_bases_own_prompt_counts_where_its_answer_is_the_reference(tmp_path)
     without = open_with(tmp_path, dev=[make_row("short", answer="", base=long)])
     with pytest.raises(ConfigError, match="the prompt of row short"):
         check_lengths(without, {}, engine=engine, evaluate=evaluate)
+
+
+def test_a_diverse_row_that_could_be_too_long_is_refused(tmp_path):
+    space, pool = open_with(tmp_path), starter_sep().pool  # 96 tokens a turn
+    overhead = len(space.chat.encode_chat(make_row("a", "a").messages).input_ids)
+    fits = make_arm(1.0, max_length=overhead + 192)
+    check_pool_lengths(space, {"arm": fits}, pool)
+    short = overhead + 191
+    with pytest.raises(
+        ConfigError, match=f"arm: a diverse row may have {overhead + 192} ids .* {short}: raise"
+    ):
+        check_pool_lengths(space, {"arm": make_arm(1.0, max_length=short)}, pool)
+    for arm in (make_arm(0.0, max_length=short), make_arm(1.0, max_length=short, on_long="drop")):
+        check_pool_lengths(space, {"arm": arm}, pool)
+    check_pool_lengths(space, {"arm": make_arm(1.0, max_length=short)}, None)
 
 
 # ---- ratios

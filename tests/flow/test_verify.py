@@ -162,6 +162,17 @@ def test_an_engine_that_ignores_the_adapter_does_not_pass(cluster, space, adapte
         verify(space, adapters["trained"], reports["base"])
 
 
+def test_an_engine_that_ignores_an_adapter_which_changes_no_id_does_not_pass(
+    cluster, space, adapters, reports
+):
+    """The ids are the adapter's, by luck; what the engine thinks of them is the base's."""
+    prompts = [space.chat.encode_prompt(row.prompt) for row in ROWS]
+    ids = reports["trained"].token_ids
+    by_base = make_report(ids, score_answers(load_base(STARTER), prompts, ids))
+    with pytest.raises(ExportError, match=r"from the adapter's and \S+ from the base's; it must be clearly"):
+        verify(space, adapters["trained"], by_base)
+
+
 def test_one_changed_token_is_seen_and_shown(cluster, space, adapters, reports):
     ids = list(reports["trained"].token_ids)
     ids[2] = (*ids[2][:-1], ids[2][-1] + 1)  # the second row with the token

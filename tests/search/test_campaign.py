@@ -14,7 +14,7 @@ from delia.recipes.starter import search_starter_sep
 from delia.schema import Message, SeedTask, Task
 from delia.search import campaign
 from delia.search.campaign import TrialStoppedError, open_search, search
-from delia.search.space import SearchConfig
+from delia.search.space import SearchConfig, plan_trials
 from delia.store.tables import open_filesystem, read_manifest
 from delia.store.tasks import digest_task, write_task
 from delia.track.runs import TrackConfig, Tracker
@@ -95,7 +95,7 @@ def test_a_campaign_leaves_a_run_a_trial_and_settings_to_adapt_with(cluster, con
     with filesystem.open_input_stream(path) as stream:
         chosen = load_yaml(AdaptConfig, stream.read().decode())
     assert chosen.name == "starter_sep_searched"
-    assert chosen.arm.train.lora is (None if outcome.chosen == "rows-only" else chosen.arm.train.lora)
+    assert chosen.arm == plan_trials(config)[outcome.chosen]
 
 
 def test_a_trial_that_breaks_is_closed_as_failed_and_the_others_are_kept(cluster, config):

@@ -98,7 +98,7 @@ def test_a_written_task_is_read_back_whole(tmp_path):
         train=[make_row("a <sep>"), make_row("a <sep>", task_id="again", licence="MIT")],
         test=[make_row("b", None, suite="transfer", phrasing="p1", base_messages=base)],
     )
-    task = dataclasses.replace(task, metrics=(), licence="one\x85two")
+    task = dataclasses.replace(task, metrics=("b", "a"), licence="one\x85two")
 
     write_task(f"{tmp_path}/sums/", task)
 
@@ -194,7 +194,7 @@ def random_tasks(draw):
             rows[split].append(row)
     word = rows["train"][0].messages[-1].content
     task = make_task(tokens=(word,), long_instruction=draw(CONTENTS), **rows)
-    names = draw(st.lists(CONTENTS, max_size=2).map(tuple))
+    names = draw(st.lists(CONTENTS, min_size=1, max_size=2).map(tuple))
     return dataclasses.replace(task, name=f"n{draw(CONTENTS)}", metrics=names, licence=draw(CONTENTS))
 
 

@@ -7,6 +7,7 @@ import urllib.request
 import pytest
 import ray
 
+from delia.track import exporter
 from delia.track.runs import TrackConfig, Tracker
 
 
@@ -58,8 +59,17 @@ def test_gauges_counters_and_scores_arrive_under_their_runs_name(cluster, tracke
 
 
 def test_without_a_cluster_nothing_is_exported_and_mlflow_has_all(tracker, monkeypatch):
+    def refuse(metric):
+        raise AssertionError(f"{metric.name} was exported")
+
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(exporter, "_open_gauge", refuse)
+    monkeypatch.setattr(exporter, "_open_counter", refuse)
     with tracker.run("alone") as run:
-        run.log_metrics({"train/loss": 1.0}, step=1)
+        run.log_metrics({"train/loss": 1.0, "synthesize/accepted": 2}, step=1)
         run.log_scores({("follow", "chrf"): 0.5})
-    assert tracker.client.get_run(run.run_id).data.metrics == {"train/loss": 1.0, "evaluate/follow_chrf": 0.5}
+    assert tracker.client.get_run(run.run_id).data.metrics == {
+        "train/loss": 1.0,
+        "synthesize/accepted": 2.0,
+        "evaluate/follow_chrf": 0.5,
+    }

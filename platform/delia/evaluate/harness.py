@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from delia.chat import ChatEncoder
 from delia.config import FrozenConfig
@@ -30,9 +31,9 @@ BASE = ""
 class EvaluateConfig(FrozenConfig):
     """What scores are made of."""
 
-    max_tokens: int = 128
-    num_kl_rows: int = 128
-    num_verify_rows: int = 16
+    max_tokens: int = Field(default=128, gt=0)
+    num_kl_rows: int = Field(default=128, ge=0)
+    num_verify_rows: int = Field(default=16, gt=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def report_from_table(table: pa.Table) -> EvalReport:
         completions=tuple(columns["completion"]),
         token_ids=tuple(tuple(ids) for ids in columns["token_ids"]),
         logprobs=tuple(tuple(values) for values in columns["logprobs"]),
-        scores={name: tuple(columns[name]) for name in METRICS if name in columns},
+        scores={name: tuple(columns[name]) for name in table.column_names if name in METRICS},
     )
 
 

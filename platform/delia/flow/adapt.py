@@ -13,7 +13,7 @@ from delia.config import FrozenConfig, dump_yaml, fingerprint, flatten
 from delia.evaluate.harness import BASE, EvalReport, EvaluateConfig
 from delia.flow.evaluation import evaluate_adapters, measure_pool_drift
 from delia.flow.pool import LogMetrics, PoolConfig, build_pool
-from delia.flow.preflight import check_lengths, check_metrics, check_ratios
+from delia.flow.preflight import check_rows, check_settings, check_split
 from delia.flow.trial import Arm, ArmConfig, plan_arm, train_arms
 from delia.flow.verify import Verification, verify_export
 from delia.flow.workspace import RayConfig, Workspace, connect, open_workspace
@@ -86,12 +86,10 @@ class Progress:
 
 def open_job(config: AdaptConfig) -> Workspace:
     """Read and check the task, the base model and what the settings ask of both, before any work."""
-    task = read_task(config.task)
-    check_metrics(task.metrics)
-    arms = {**config.baselines, MAIN: config.arm}
-    check_ratios(config.pool, arms, num_task_rows=len(task.rows_by_split["train"]))
+    task, arms = read_task(config.task), {**config.baselines, MAIN: config.arm}
+    check_settings(task, arms, config.pool)
     space = open_workspace(config.output_dir, config.model, task)
-    check_lengths(space, arms, engine=config.engine, evaluate=config.evaluate)
+    check_rows(space, arms, config.pool, engine=config.engine, evaluate=config.evaluate)
     return space
 
 
@@ -110,6 +108,7 @@ def adapt(
         Scores of the base, the baselines and the adapter, and the registered version.
     """
     space = open_job(config)
+    check_split(space.task, config.split)
     progress = Progress(say)
     with progress.stage("ray", "connecting"):
         connect(config.ray)

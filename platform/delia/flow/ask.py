@@ -11,7 +11,9 @@ from delia.flow.trial import read_adapter
 from delia.model.loading import load_base
 from delia.model.logprobs import continue_greedily, load_adapted
 from delia.schema import Message
+from delia.store.adapters import fetch_adapter as fetch_directory
 from delia.store.models import ModelConfig, resolve_model
+from delia.store.tables import exists, read_manifest
 from delia.track.registry import fetch_adapter
 from delia.track.runs import TrackConfig, Tracker
 
@@ -26,12 +28,18 @@ def ask(adapter: str, text: str) -> str:
 
     Raises:
         ConfigError: A registry address that is none.
-        StoreError: No finished adapter of this platform is there.
+        StoreError: No finished adapter of this platform is there, or its base has another chat format now.
     """
     directory = _locate(adapter)
     found = read_adapter(str(directory.resolve()))
-    model = ModelConfig(path=found.base_model)
-    chat = load_chat(str(resolve_model(model)), task_tokens=found.tokens)
+    model = ModelConfig.model_validate(read_manifest(found.path, kind="adapter").details["model"])
+    path = str(resolve_model(model))
+    chat = load_chat(path, chat_template=model.chat_template, task_tokens=found.tokens)
+    if chat.template_hash != found.template_hash:
+        raise StoreError(
+            f"{adapter!r} was trained with chat format {found.template_hash}, {path} now has"
+            f" {chat.template_hash}; bring back the template or the tokenizer that it was trained with"
+        )
     prompt = [chat.encode_prompt((Message(role="user", content=text),))]
     lines = []
     for label, loaded in (("adapter", load_adapted(model, directory)), ("base", load_base(model))):
@@ -44,8 +52,8 @@ def _locate(adapter: str) -> Path:
     if adapter.startswith(REGISTRY_SCHEME):
         tracker = Tracker(TrackConfig(), default_store=str(Path(OUTPUT_DIR, "mlflow.db").resolve()))
         return fetch_adapter(tracker, adapter, Path(OUTPUT_DIR, "registry"))
-    if not Path(adapter).is_dir():
+    if not exists(adapter):
         raise StoreError(
             f"no adapter directory {adapter!r}; give the path that `jobs/adapt.py` printed, or models:/NAME@ALIAS"
         )
-    return Path(adapter)
+    return fetch_directory(adapter)

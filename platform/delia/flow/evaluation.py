@@ -19,7 +19,14 @@ from delia.train.settings import TrainConfig
 SCORES = "scores.parquet"
 
 
-def eval_address(config: EvaluateConfig, space: Workspace, adapter: str, rows: tuple[SeedTask, ...]) -> str:
+def eval_address(
+    config: EvaluateConfig,
+    space: Workspace,
+    adapter: str,
+    rows: tuple[SeedTask, ...],
+    *,
+    engine: EngineConfig,
+) -> str:
     """Return where the scores of an adapter on these rows are kept; an empty address is the base's.
 
     An adapter is known by its files' content: versions fetched from a registry end in one name.
@@ -29,6 +36,8 @@ def eval_address(config: EvaluateConfig, space: Workspace, adapter: str, rows: t
         space.model_id,
         space.chat.template_hash,
         space.task.digest,
+        f"{engine.kind} {space.model.dtype}",
+        *space.task.metrics,
         *(row.task_id for row in rows),
     )
     identity = digest_directory(fetch_adapter(adapter)) if adapter else "base"
@@ -61,7 +70,10 @@ def evaluate_adapters(
         engine: How the model is served; its `lora_rank` is set from the adapters.
         on_done: Called with each label that was scored now.
     """
-    places = {label: eval_address(config, space, address, rows) for label, address in addresses.items()}
+    places = {
+        label: eval_address(config, space, address, rows, engine=engine)
+        for label, address in addresses.items()
+    }
     missing = {label: address for label, address in addresses.items() if not is_finished(places[label])}
     if missing:
         rank = max(read_rank(address) for address in missing.values())

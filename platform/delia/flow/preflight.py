@@ -12,18 +12,90 @@ from delia.flow.pool import PoolConfig
 from delia.flow.trial import ArmConfig, encode_rows
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
+from delia.metrics import score_name
 from delia.mix.mixture import MixConfig, count_rows
+from delia.schema import Message, Split, Task
 
 
-def check_metrics(names: tuple[str, ...]) -> None:
-    """Refuse a metric that nothing computes.
+def check_settings(task: Task, arms: Mapping[str, ArmConfig], pool: PoolConfig | None) -> None:
+    """Check what needs no model: metrics and suites, stages, ratios.
 
     Raises:
-        ConfigError: With the names that there are.
+        ConfigError: See the single checks.
     """
-    unknown = [name for name in names if name not in METRICS]
+    check_metrics(task)
+    check_stages(task, arms)
+    check_ratios(pool, arms, num_task_rows=len(task.rows_by_split["train"]))
+
+
+def check_rows(
+    space: Workspace,
+    arms: Mapping[str, ArmConfig],
+    pool: PoolConfig | None,
+    *,
+    engine: EngineConfig,
+    evaluate: EvaluateConfig,
+) -> None:
+    """Check what needs the model's vocabulary: the lengths of rows, prompts and diverse rows.
+
+    Raises:
+        ChatError, TrainError, ConfigError: See the single checks.
+    """
+    check_lengths(space, arms, engine=engine, evaluate=evaluate)
+    check_pool_lengths(space, arms, pool)
+
+
+def check_metrics(task: Task) -> None:
+    """Refuse a metric that nothing computes, and a suite whose score could not be logged.
+
+    Raises:
+        ConfigError: With the names that there are, or the rule of names.
+    """
+    unknown = [name for name in task.metrics if name not in METRICS]
     if unknown:
         raise ConfigError(f"task metrics {unknown}: no such metric; there are {sorted(METRICS)}")
+    suites = {row.suite for split in ("dev", "test") for row in task.rows_by_split[split]}
+    for suite in sorted(suites):
+        score_name(suite, task.metrics[0])
+
+
+def check_split(task: Task, split: Split) -> None:
+    """Refuse to score on a split without rows.
+
+    Raises:
+        ConfigError: With the splits that have some.
+    """
+    if not task.rows_by_split[split]:
+        counts = {name: len(rows) for name, rows in task.rows_by_split.items()}
+        raise ConfigError(
+            f"split {split!r} of task {task.name!r} has no rows ({counts}); add some, or set split"
+        )
+
+
+def check_stages(task: Task, arms: Mapping[str, ArmConfig]) -> None:
+    """Refuse a stage that would move nothing, and a start that the task can't give.
+
+    Raises:
+        ConfigError: With the arm and the way out.
+    """
+    for name, arm in arms.items():
+        train = arm.train
+        attached = {"lora"} if train.lora else set()
+        attached |= {"token_rows"} if task.tokens else set()
+        for number, stage in enumerate(train.stages):
+            if not attached & set(stage.parts) or (stage.rows == "token" and not task.tokens):
+                raise ConfigError(
+                    f"{name}: stage {number} moves {list(stage.parts)} on the rows of the {stage.rows}, and there"
+                    f" is only {sorted(attached) or 'nothing'}: declare task.tokens, set train.lora, or take a"
+                    " recipe without token rows, such as starter_lingo"
+                )
+        moves_rows = any("token_rows" in stage.parts for stage in train.stages)
+        starts_at_mean = train.token_init == "mean_instruction"
+        if starts_at_mean and moves_rows and task.tokens and not task.long_instruction:
+            raise ConfigError(
+                f"{name}: train.token_init=mean_instruction needs the task's long_instruction; set it in"
+                " task.yaml or task.long_instruction, or take token_init=stand_in"
+            )
 
 
 def check_lengths(
@@ -50,6 +122,26 @@ def check_lengths(
                 f"the prompt of row {row.task_id} has {num_ids} ids; engine.max_model_len="
                 f"{engine.max_model_len} less evaluate.max_tokens={evaluate.max_tokens} leaves {room}; raise"
                 " engine.max_model_len, as far as the model goes, or shorten the row"
+            )
+
+
+def check_pool_lengths(space: Workspace, arms: Mapping[str, ArmConfig], pool: PoolConfig | None) -> None:
+    """Refuse an arm that a long diverse row would stop: two turns of the engine and the template.
+
+    Raises:
+        ConfigError: With the longest row and the arm's limit.
+    """
+    if pool is None:
+        return
+    turns = (Message(role="user", content="a"), Message(role="assistant", content="a"))
+    longest = len(space.chat.encode_chat(turns).input_ids) + 2 * pool.synthesize.sampling.max_tokens
+    for name, arm in arms.items():
+        train = arm.train
+        if arm.mix.diverse_ratio > 0 and train.on_long == "error" and longest > train.max_length:
+            raise ConfigError(
+                f"{name}: a diverse row may have {longest} ids (twice sampling.max_tokens="
+                f"{pool.synthesize.sampling.max_tokens} and the template), train.max_length is {train.max_length}:"
+                " raise it, lower sampling.max_tokens, or set train.on_long=drop"
             )
 
 

@@ -15,13 +15,17 @@ from delia.evaluate.harness import BASE, EvalReport
 from delia.flow.adapt import AdaptConfig, open_job
 from delia.flow.evaluation import evaluate_adapters
 from delia.flow.gate import CHAMPION, Decision, GateConfig, decide, promote
+from delia.flow.preflight import check_split
 from delia.flow.stages import tracked_stage
 from delia.flow.table import compare, format_scores
 from delia.flow.verify import verify_export
 from delia.flow.workspace import Workspace
+from delia.schema import Split
 from delia.store.tables import join, upload_directory
 from delia.track.registry import ModelVersionInfo, fetch_adapter, get_version, get_version_by_alias
 from delia.track.runs import Tracker
+
+TEST: Split = "test"
 
 
 class PromoteConfig(FrozenConfig):
@@ -52,6 +56,7 @@ def promote_version(config: PromoteConfig, *, say: Callable[[str], None]) -> Mod
             f"the gate's lock needs a local or mounted directory, not {lock_dir!r}; set lock_dir"
         )
     space = open_job(recipe)
+    check_split(space.task, TEST)
     name = recipe.track.registered_name or recipe.name.replace("_", "-")
     with tracked_stage("promote", recipe, space):
         tracker = Tracker(recipe.track, default_store=join(space.output_dir, "mlflow.db"))
@@ -64,7 +69,7 @@ def promote_version(config: PromoteConfig, *, say: Callable[[str], None]) -> Mod
             label: _fetch(tracker, found, join(space.output_dir, "registry"))
             for label, found in versions.items()
         }
-        rows = space.task.rows_by_split["test"]
+        rows = space.task.rows_by_split[TEST]
         reports = evaluate_adapters(
             recipe.evaluate, space, {"base": BASE, **addresses}, rows, engine=recipe.engine
         )

@@ -19,6 +19,7 @@ from delia.evaluate.intervals import Interval
 from delia.flow.adapt import AdaptConfig, open_job
 from delia.flow.evaluation import evaluate_adapters, measure_pool_drift
 from delia.flow.pool import build_pool
+from delia.flow.preflight import check_split
 from delia.flow.table import compare
 from delia.flow.trial import ArmConfig, plan_arm, train_arms
 from delia.flow.workspace import Workspace, connect
@@ -79,6 +80,8 @@ def reproduce(config: ReproduceConfig, *, say: Say) -> Reproduction:
     """Train and score every arm under every seed; what is finished already is taken from storage."""
     recipe = config.recipe
     space = open_job(recipe)
+    for split in (TEST, *([DEV] if config.tuned else [])):
+        check_split(space.task, split)
     connect(recipe.ray)
     pool = _make_pool(recipe, space)
     named = {**recipe.baselines, **config.extra_arms, RECIPE: recipe.arm}

@@ -20,6 +20,7 @@ from delia.flow.adapt import (
 )
 from delia.flow.evaluation import evaluate_adapters
 from delia.flow.pool import build_pool
+from delia.flow.preflight import check_split
 from delia.flow.table import format_scores
 from delia.flow.trial import Arm, plan_arm, train_arms
 from delia.flow.workspace import Workspace, connect
@@ -103,6 +104,7 @@ def train_adapter(config: AdaptConfig, *, say: Say) -> Adapter:
 def evaluate_adapter(config: AdaptConfig, *, say: Say) -> str:
     """Score the base and the recipe's adapter; return the table."""
     space = open_job(config)
+    check_split(space.task, config.split)
     rows = space.task.rows_by_split[config.split]
     with tracked_stage("evaluate", config, space) as run:
         _, adapter = _train(config, space, run, say)

@@ -144,9 +144,9 @@ def train_arms(
                 running[reference] = (name, time.monotonic(), sink)
             done, _ = ray.wait(list(running), num_returns=1)
             name, started, sink = running.pop(done[0])
-            sink.close()  # its actor is a process
             ray.get(done[0])
             seal_adapter(arms[name], space)
+            sink.close()  # its actor is a process
             on_done(name, time.monotonic() - started)
     return {name: read_adapter(arm.address) for name, arm in arms.items()}
 
@@ -166,6 +166,7 @@ def seal_adapter(arm: Arm, space: Workspace) -> None:
             parents={"model": space.model_id, "task": space.task.digest, "mixture": arm.mixture.root},
             details={
                 "base_model": space.model.path,
+                "model": space.model.model_dump(mode="json"),
                 "template_hash": space.chat.template_hash,
                 "tokens": dict(space.chat.token_ids),
                 "diverse_ratio": arm.mixture.diverse_ratio,

@@ -32,14 +32,15 @@ Sequences = Sequence[tuple[list[int], list[bool]]]
 class Verification:
     """What held: prompts compared, completions that were equal, and distances in nats a token.
 
-    `mean_gap_nats` lies between vLLM and HF + PEFT on the ids that vLLM gave, `mean_change_nats`
-    between the adapter and its base.
+    `mean_gap_nats` lies between vLLM and HF + PEFT on the ids that vLLM gave, `mean_base_gap_nats`
+    between vLLM and the base alone there, `mean_change_nats` between the adapter and its base.
     """
 
     num_prompts: int
     num_equal: int
     dtype: str
     mean_gap_nats: float
+    mean_base_gap_nats: float
     mean_change_nats: float
     first_divergence: str = ""
 
@@ -73,7 +74,8 @@ def verify_export(
 
     Raises:
         ExportError: A completion differs in float32, log-probabilities differ by more than the dtype
-            explains in any other, or the adapter changes nothing.
+            explains in any other, they are not clearly nearer to the adapter's than to the base's, or the
+            adapter changes nothing.
     """
     indices = choose_rows(rows, space.task.tokens, num_rows)
     prompts = [space.chat.encode_prompt(rows[i].prompt) for i in indices]
@@ -99,6 +101,12 @@ def verify_export(
             f" nats a token, over the {limit:g} that {result.dtype} explains; first different completion:"
             f" {result.first_divergence or 'none'}"
         )
+    if not result.mean_gap_nats < result.mean_base_gap_nats / 2:
+        raise ExportError(
+            f"{address}: vLLM's log-probabilities lie {result.mean_gap_nats:.3g} nats a token from the adapter's"
+            f" and {result.mean_base_gap_nats:.3g} from the base's; it must be clearly nearer to the adapter:"
+            " the engine ignores it, or it changes less than rounding does"
+        )
     return result
 
 
@@ -118,13 +126,16 @@ def _verify(
     by_hf = [_append(prompt, (*ids, end_ids[0])) for prompt, ids in zip(prompts, expected, strict=True)]
     by_vllm = [_append(prompt, ids) for prompt, (ids, _) in zip(prompts, served, strict=True)]
     changes = torch.cat(score_sequences(adapted, by_hf)) - torch.cat(score_sequences(base, by_hf))
-    gaps = torch.cat(score_sequences(adapted, by_vllm)) - torch.cat([torch.tensor(row) for _, row in served])
+    by_engine = torch.cat([torch.tensor(row) for _, row in served])
+    gaps = torch.cat(score_sequences(adapted, by_vllm)) - by_engine
+    base_gaps = torch.cat(score_sequences(base, by_vllm)) - by_engine
     different = [(ours, ids) for ours, (ids, _) in zip(expected, served, strict=True) if ours != ids]
     return Verification(
         num_prompts=len(prompts),
         num_equal=len(prompts) - len(different),
         dtype=str(adapted.dtype).removeprefix("torch."),
         mean_gap_nats=float(gaps.abs().mean()) if len(gaps) else 0.0,
+        mean_base_gap_nats=float(base_gaps.abs().mean()) if len(gaps) else 0.0,
         mean_change_nats=float(changes.abs().mean()),
         first_divergence=f"HF {different[0][0]} against vLLM {different[0][1]}" if different else "",
     )

@@ -176,7 +176,10 @@ def _read_finished(
     for name, arm in arms.items():
         final = shorten(arm, config.rungs[-1])
         adapter, rows = plan_arm(final, space, pool).address, space.task.rows_by_split[SEARCH_SPLIT]
-        if is_finished(adapter) and is_finished(eval_address(config.recipe.evaluate, space, adapter, rows)):
+        recipe = config.recipe
+        if is_finished(adapter) and is_finished(
+            eval_address(recipe.evaluate, space, adapter, rows, engine=recipe.engine)
+        ):
             reports[name] = run_trial(config.recipe, final, space, pool)
     return reports
 

@@ -6,6 +6,7 @@ The run's name is the fingerprint of its input, so a new driver that trains the 
 the last committed checkpoint under `storage` and goes on from there.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 import ray
+from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -22,6 +24,7 @@ from delia.errors import TrainError
 from delia.store.tables import join, open_filesystem
 from delia.train.loop import ADAPTER_FOLDER, TrainInput, train_worker
 
+logger = logging.getLogger(__name__)
 LogMetrics = Callable[[dict[str, float], int], None]
 
 
@@ -61,7 +64,12 @@ def forward_log(log: LogMetrics) -> Iterator[RemoteLog]:
     finished = threading.Event()
 
     def drain() -> None:
-        for metrics, step in ray.get(sink.drain.remote()):
+        try:
+            lines = ray.get(sink.drain.remote())
+        except RayActorError as error:  # with its node; lines are lost, the training is not
+            logger.warning("a log of training is lost: %s", error)
+            return
+        for metrics, step in lines:
             log(metrics, step)
 
     def forward() -> None:
