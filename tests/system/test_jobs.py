@@ -59,6 +59,9 @@ def head(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     log = tmp_path_factory.mktemp("head") / "head.log"
     command = [str(bare_python), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
     command += [f"--port={port}", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
+    # Ray's fixed ones are taken by the cluster of the other tests; without its own port the node's agent
+    # takes no job, and the node starts all the same
+    command += [f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}"]
     with log.open("w") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=stream, env=environment, start_new_session=True
@@ -78,7 +81,7 @@ def head(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def _wait_until_it_takes_jobs(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
     """Submit a job that does nothing until one is taken: the port opens before the node's agent is there."""
     refusal: Exception | None = None
-    for _ in range(300):
+    for _ in range(60):  # a refusal takes seconds itself
         assert process.poll() is None, log.read_text()
         try:
             JobSubmissionClient(address).submit_job(entrypoint="true")
