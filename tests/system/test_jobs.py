@@ -1,7 +1,9 @@
 """`ray job submit` of the whole path to a real head node, from an environment without `delia`."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -45,9 +47,15 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Return a port that nobody has on any address, below those that the kernel hands out by itself.
+
+    One of the kernel's could be another process's before the head node comes to bind it.
+    """
+    for port in random.sample(range(21_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("none of 100 ports is free")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +89,7 @@ def head(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def _wait_until_it_takes_jobs(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
     """Submit a job that does nothing until one is taken: the port opens before the node's agent is there."""
     refusal: Exception | None = None
-    for _ in range(60):  # a refusal takes seconds itself
+    for _ in range(24):  # a refusal takes seconds itself
         assert process.poll() is None, log.read_text()
         try:
             JobSubmissionClient(address).submit_job(entrypoint="true")
