@@ -51,7 +51,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("adapt/stage_seconds", "seconds", "gauge", "Wall time of the stage that ended last"),
 )
 
-_METRIC_BY_NAME = {metric.name: metric for metric in METRICS}
+METRIC_BY_NAME = {metric.name: metric for metric in METRICS}
 _WORD = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
 _SCORE = re.compile(r"evaluate/[a-z0-9]+(_[a-z0-9]+)+")
 
@@ -92,10 +92,10 @@ def check_metric(name: str) -> str:
     Raises:
         ConfigError: The name is unknown; the message has the nearest one.
     """
-    if name in _METRIC_BY_NAME:
+    if name in METRIC_BY_NAME:
         return name
-    if _SCORE.fullmatch(name) and not difflib.get_close_matches(name, _METRIC_BY_NAME, n=1, cutoff=0.9):
+    if _SCORE.fullmatch(name) and not difflib.get_close_matches(name, METRIC_BY_NAME, n=1, cutoff=0.9):
         return name
-    near = difflib.get_close_matches(name, _METRIC_BY_NAME, n=1)
+    near = difflib.get_close_matches(name, METRIC_BY_NAME, n=1)
     hint = f"did you mean {near[0]!r}? else " if near else ""
     raise ConfigError(f"no metric {name!r} in delia.metrics.METRICS; {hint}add it to the table")

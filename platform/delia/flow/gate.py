@@ -111,6 +111,18 @@ def decide(
     return Decision(promote=not failed, reasons=tuple(failed) or (*first, *held), champion=champion)
 
 
+def check_lock_dir(lock_dir: str) -> None:
+    """Refuse a bucket: a lock is a file that the kernel frees at death.
+
+    Raises:
+        ConfigError: With the setting to change.
+    """
+    if "://" in lock_dir:
+        raise ConfigError(
+            f"the gate's lock needs a local or mounted directory, not {lock_dir!r}; set lock_dir"
+        )
+
+
 def promote(tracker: Tracker, name: str, version: str, decision: Decision, lock_dir: str) -> ModelVersionInfo:
     """Move `champion` to a version and keep the old one as `previous_champion`; safe to run again.
 
@@ -127,8 +139,7 @@ def promote(tracker: Tracker, name: str, version: str, decision: Decision, lock_
     """
     if not decision.promote:
         raise GateError(f"models:/{name}/{version} is not promoted: {'; '.join(decision.reasons)}")
-    if "://" in lock_dir:
-        raise ConfigError(f"the gate's lock needs a local or mounted directory, got {lock_dir!r}")
+    check_lock_dir(lock_dir)
     candidate = get_version(tracker, f"models:/{name}/{version}")
     with lock_file(Path(lock_dir) / f"{quote(name, safe='')}.gate.lock"):
         current = _read_champion(tracker, name)

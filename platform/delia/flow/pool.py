@@ -72,16 +72,15 @@ def build_pool(
     )
     with closing(candidates):
         rows, rejections = _accept(config, space, candidates, log)
+    num_tokens = sum(row.num_output_tokens for row in rows)
+    num_tokens += sum(rejection.num_output_tokens for rejection in rejections)
     write_pool(
         address,
         rows=rows,
         rejections=rejections,
         fingerprint=name,
         parents={"model": space.model_id, "task": space.task.digest},
-        details={
-            "template_hash": space.chat.template_hash,
-            "output_tokens": _count_tokens(rows, rejections),
-        },
+        details={"template_hash": space.chat.template_hash, "output_tokens": num_tokens},
     )
     seconds = time.monotonic() - started
     log({"synthesize/seconds": seconds}, len(rows) + len(rejections))
@@ -100,9 +99,11 @@ def _accept(
     }
     rows: list[Row] = []
     rejections: list[Rejection] = []
+    num_tokens = 0
     for chunk in candidates:
         source = chunk[0].source
         for result in curators[source].feed(chunk, target=targets[source]):
+            num_tokens += result.num_output_tokens
             if isinstance(result, Row):
                 rows.append(result)
             else:
@@ -113,7 +114,7 @@ def _accept(
                 "synthesize/candidates": num_seen,
                 "synthesize/accepted": len(rows),
                 "synthesize/rejected": len(rejections),
-                "synthesize/output_tokens": _count_tokens(rows, rejections),
+                "synthesize/output_tokens": num_tokens,
             },
             num_seen,
         )
@@ -130,7 +131,3 @@ def _accept(
     rows.sort(key=lambda row: (row.source, row.index))
     rejections.sort(key=lambda item: (item.source, item.index))
     return rows, rejections
-
-
-def _count_tokens(rows: list[Row], rejections: list[Rejection]) -> int:
-    return sum(row.num_output_tokens for row in rows) + sum(item.num_output_tokens for item in rejections)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from delia.config import FrozenConfig
-from delia.errors import ConfigError, GateError
+from delia.errors import GateError
 from delia.evaluate.harness import BASE, EvalReport
 from delia.flow.adapt import AdaptConfig, open_job
 from delia.flow.evaluation import evaluate_adapters
-from delia.flow.gate import CHAMPION, Decision, GateConfig, decide, promote
+from delia.flow.gate import CHAMPION, Decision, GateConfig, check_lock_dir, decide, promote
 from delia.flow.preflight import check_split
 from delia.flow.stages import tracked_stage
 from delia.flow.table import compare, format_scores
@@ -51,10 +51,7 @@ def promote_version(config: PromoteConfig, *, say: Callable[[str], None]) -> Mod
     """
     recipe = config.recipe
     lock_dir = config.lock_dir or recipe.output_dir
-    if "://" in lock_dir:
-        raise ConfigError(
-            f"the gate's lock needs a local or mounted directory, not {lock_dir!r}; set lock_dir"
-        )
+    check_lock_dir(lock_dir)
     space = open_job(recipe)
     check_split(space.task, TEST)
     name = recipe.track.registered_name or recipe.name.replace("_", "-")

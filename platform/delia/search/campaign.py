@@ -172,15 +172,14 @@ def _read_finished(
     config: SearchConfig, space: Workspace, pool: Pool | None, arms: dict[str, ArmConfig]
 ) -> dict[str, EvalReport]:
     """Return the reports of the trials that ran to their last rung, read from storage."""
-    reports = {}
+    reports, recipe = {}, config.recipe
     for name, arm in arms.items():
         final = shorten(arm, config.rungs[-1])
         adapter, rows = plan_arm(final, space, pool).address, space.task.rows_by_split[SEARCH_SPLIT]
-        recipe = config.recipe
         if is_finished(adapter) and is_finished(
             eval_address(recipe.evaluate, space, adapter, rows, engine=recipe.engine)
         ):
-            reports[name] = run_trial(config.recipe, final, space, pool)
+            reports[name] = run_trial(recipe, final, space, pool)
     return reports
 
 

@@ -13,11 +13,10 @@ from functools import cache
 import ray
 from ray.util.metrics import Counter, Gauge
 
-from delia.metrics import METRICS, Metric, prometheus_name
+from delia.metrics import METRIC_BY_NAME, Metric, prometheus_name
 
 RUN, SUITE, METRIC = "run", "suite", "metric"
 SCORE = "evaluate/score"
-_METRIC_BY_NAME = {metric.name: metric for metric in METRICS}
 
 
 class Exporter:
@@ -32,8 +31,8 @@ class Exporter:
         """Set gauges, and add to counters what came since their last total; scores have `export_score`."""
         if not ray.is_initialized():
             return
-        for name in values.keys() & _METRIC_BY_NAME.keys():
-            metric, value = _METRIC_BY_NAME[name], float(values[name])
+        for name in values.keys() & METRIC_BY_NAME.keys():
+            metric, value = METRIC_BY_NAME[name], float(values[name])
             if metric.kind == "gauge":
                 _open_gauge(metric).set(value, self._labels)
             elif value > self._totals.get(name, 0.0):
@@ -44,7 +43,7 @@ class Exporter:
         """Set the score of a suite in one metric."""
         if ray.is_initialized():
             labels = {**self._labels, SUITE: suite, METRIC: metric}
-            _open_gauge(_METRIC_BY_NAME[SCORE]).set(float(value), labels)
+            _open_gauge(METRIC_BY_NAME[SCORE]).set(float(value), labels)
 
 
 @cache
