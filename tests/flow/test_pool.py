@@ -272,13 +272,13 @@ def test_two_replicas_of_vllm_write_the_256_candidates_and_the_pool_of_one(clust
     synthesize = SynthesizeConfig(sources=(source,), sampling=sampling, chunk_size=64)
     everything = PoolConfig(
         synthesize=synthesize.model_copy(update={"sources": (source.model_copy(update={"num_rows": 256}),)}),
-        curate=LOOSE,
+        curate=LOOSE.model_copy(update={"max_prompt_tokens": 1}),
     )
     candidates, roots = [], []
     for num_replicas in (1, 2):
         space = dataclasses.replace(opened, output_dir=str(tmp_path / str(num_replicas)))
         engine = EngineConfig(kind="vllm", num_replicas=num_replicas, max_model_len=256)
-        with pytest.raises(PoolError, match="of 256 rows"):  # some are rejected, so all are generated
+        with pytest.raises(PoolError, match="of 256 rows"):  # all are rejected, so all are generated
             build_pool(everything, space, engine=engine, log=lambda metrics, step: None)
         candidates.append([item for path in list_chunks(space) for item in read_candidates(str(path))])
         config = PoolConfig(synthesize=synthesize, curate=LOOSE)

@@ -6,7 +6,7 @@ import pytest
 
 from delia.config import load_yaml
 from delia.errors import ConfigError
-from delia.flow.adapt import AdaptConfig
+from delia.flow.adapt import AdaptConfig, open_job
 from delia.generate.engine import EngineConfig
 from delia.mix.mixture import MixConfig
 from delia.model.adapted import LoraConfig
@@ -38,7 +38,10 @@ def make_rows(suite: str, first: int) -> tuple[SeedTask, ...]:
 
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> SearchConfig:
-    """Ratio 0 alone and its anchors on a task of four rows: no pool is needed."""
+    """Ratio 0 alone and its anchors on a task of four rows: no pool is needed.
+
+    The recipe's one baseline does ask for a pool: a search trains no baselines, so they must not stop it.
+    """
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     rows = {
         "train": make_rows("follow", 0),
@@ -55,7 +58,7 @@ def config(tmp_path, monkeypatch) -> SearchConfig:
             "task": whole.recipe.task.model_copy(update={"path": str(tmp_path / "task")}),
             "pool": None,
             "arm": arm,
-            "baselines": {},
+            "baselines": {"delia": arm.model_copy(update={"mix": MixConfig(diverse_ratio=10.0)})},
             "engine": EngineConfig(kind="scripted"),
             "output_dir": str(tmp_path / "runs"),
         }
@@ -80,6 +83,8 @@ def read_runs(config: SearchConfig) -> dict[str, str]:
 
 
 def test_a_campaign_leaves_a_run_a_trial_and_settings_to_adapt_with(cluster, config):
+    with pytest.raises(ConfigError, match="delia: diverse_ratio 10"):
+        open_job(config.recipe)
     said: list[str] = []
     outcome = search(config, say=said.append)
 
@@ -96,6 +101,7 @@ def test_a_campaign_leaves_a_run_a_trial_and_settings_to_adapt_with(cluster, con
         chosen = load_yaml(AdaptConfig, stream.read().decode())
     assert chosen.name == "starter_sep_searched"
     assert chosen.arm == plan_trials(config)[outcome.chosen]
+    assert chosen.baselines == {}
 
 
 def test_a_trial_that_breaks_is_closed_as_failed_and_the_others_are_kept(cluster, config):

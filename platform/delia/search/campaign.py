@@ -50,12 +50,12 @@ class Outcome:
 
 
 def open_search(config: SearchConfig) -> Workspace:
-    """Read and check all that the trials will need, before any work.
+    """Read and check all that the trials will need, before any work; the recipe's baselines play no part.
 
     Raises:
         ConfigError: A trial's ratio is over the pool, or a suite is not on dev.
     """
-    space = open_job(config.recipe)
+    space = open_job(_without_baselines(config.recipe))
     rows = space.task.rows_by_split
     check_ratios(config.recipe.pool, plan_trials(config), num_task_rows=len(rows["train"]))
     present = {row.suite for row in rows[SEARCH_SPLIT]}
@@ -65,6 +65,11 @@ def open_search(config: SearchConfig) -> Workspace:
             f"task_suites and kept_suites name {missing}; {SEARCH_SPLIT} has the suites {sorted(present)}"
         )
     return space
+
+
+def _without_baselines(recipe: AdaptConfig) -> AdaptConfig:
+    """Return the recipe with nothing to compare with: the trials are its comparison."""
+    return recipe.model_copy(update={"baselines": {}})
 
 
 def run_trial(config: AdaptConfig, arm_config: ArmConfig, space: Workspace, pool: Pool | None) -> EvalReport:
@@ -144,9 +149,8 @@ def search(config: SearchConfig, *, say: Say) -> Outcome:
         TrialStoppedError: No trial ran to its end.
     """
     space = open_search(config)
-    config = config.model_copy(
-        update={"recipe": config.recipe.model_copy(update={"output_dir": space.output_dir})}
-    )
+    recipe = _without_baselines(config.recipe).model_copy(update={"output_dir": space.output_dir})
+    config = config.model_copy(update={"recipe": recipe})
     arms = plan_trials(config)
     with tracked_stage("search", config.recipe, space) as run:
         tracker = Tracker(config.recipe.track, default_store=join(space.output_dir, "mlflow.db"))
