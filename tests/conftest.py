@@ -1,7 +1,10 @@
 """The environment of every test and of every worker that a test starts."""
 
 import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -26,3 +29,53 @@ def cluster() -> Iterator[None]:
     connect(RayConfig(num_cpus=4))
     yield
     ray.shutdown()
+
+
+@dataclass
+class LocalStage:
+    """Stands for `run_script` in this process, with blocks in any order; remembers what it answered."""
+
+    order_seed: int | None = None
+    answered: list[str] = field(default_factory=list)
+
+    def __call__(
+        self,
+        script: Any,
+        blocks: Sequence[Any],
+        *,
+        model: Any,
+        engine: Any,
+        sampling: Any,
+        end_ids: Sequence[int],
+    ) -> Iterator[Any]:
+        import pyarrow as pa  # late, as all of this platform: an import of `delia` may be under test
+
+        from delia.generate.engine import build_engine
+        from delia.generate.pipeline import ENGINE_SECONDS
+        from delia.rng import make_random
+
+        sent = pickle.loads(pickle.dumps(script))  # as to an actor
+        scripted = build_engine(model, engine)
+
+        def ask(requests: Sequence[Any]) -> list[Any]:
+            self.answered += [request.request_id for request in requests]
+            return scripted.generate(requests, sampling, end_ids=end_ids)
+
+        ordered = list(blocks)
+        if self.order_seed is not None:
+            make_random(self.order_seed).shuffle(ordered)
+        for block in ordered:
+            table = sent(block, ask)
+            yield table.append_column(ENGINE_SECONDS, pa.array([0.5] * table.num_rows, pa.float64()))
+
+
+@pytest.fixture
+def local_stage(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LocalStage]:
+    """Put a new local stage in the place of Ray's, and return it."""
+
+    def put(order_seed: int | None = None) -> LocalStage:
+        stage = LocalStage(order_seed)
+        monkeypatch.setattr("delia.synthesize.pipeline.run_script", stage)
+        return stage
+
+    return put

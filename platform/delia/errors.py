@@ -9,6 +9,7 @@ DeliaError
 +-- MixtureError (ValueError)    a ratio asks for more rows than the pool holds
 +-- TrainError                   training can't go on: NaN, no trained token, a lost worker
 +-- EngineError                  an inference engine failed or refuses an adapter
+|   +-- EngineDiedError          it failed as it ran and can't be asked again
 +-- ExportError                  an exported adapter does not behave like the trained one
 +-- GateError                    a promotion was refused
 """
@@ -48,6 +49,10 @@ class TrainError(DeliaError):
 
 class EngineError(DeliaError):
     """An inference engine failed, or refuses an adapter."""
+
+
+class EngineDiedError(EngineError):
+    """An inference engine failed as it ran; only another process can go on."""
 
 
 class ExportError(DeliaError):

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from delia.flow.results import write_section
 from delia.flow.workspace import RayConfig, Workspace, connect, open_workspace
-from delia.generate.engine import Completion, EngineConfig, Request, SamplingConfig, build_engine
-from delia.generate.pipeline import stream_completions, to_completions
+from delia.generate.engine import EngineConfig, Request, SamplingConfig, build_engine
+from delia.generate.pipeline import answer_requests, run_script, to_blocks, to_completions
 from delia.model.adapted import LoraConfig, attach
 from delia.model.loading import load_base
 from delia.rng import derive_seed
@@ -61,12 +61,15 @@ def generate_piped(requests: list[Request], end_ids: tuple[int, ...]) -> tuple[f
     """Return seconds to the first batch, seconds for the rest, and output tokens of the rest."""
     started = time.monotonic()
     ready, tokens = 0.0, 0
-    for table in stream_completions(requests, model=MODEL, engine=ENGINE, sampling=SAMPLING, end_ids=end_ids):
-        completions: list[Completion] = [completion for _, completion in to_completions(table)]
+    blocks = to_blocks(requests, ENGINE.batch_size)
+    tables = run_script(
+        answer_requests, blocks, model=MODEL, engine=ENGINE, sampling=SAMPLING, end_ids=end_ids
+    )
+    for table in tables:
         if not ready:
             ready = time.monotonic()
             continue
-        tokens += sum(len(item.token_ids) for item in completions)
+        tokens += sum(len(item.token_ids) for item in to_completions(table))
     return ready - started, time.monotonic() - ready, tokens
 
 

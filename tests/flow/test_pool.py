@@ -1,6 +1,7 @@
 """Pools: equal for any number of replicas and after any restart, and never fewer rows than asked for."""
 
 import dataclasses
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -9,15 +10,17 @@ import pytest
 
 from delia.config import MethodConfig
 from delia.curate.pipeline import CurateConfig
+from delia.curate.stopping import StopConfig
 from delia.errors import PoolError
 from delia.flow.pool import PoolConfig, build_pool, pool_fingerprint
 from delia.flow.workspace import Workspace, open_workspace
 from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.schema import Message, SeedTask, Task
 from delia.store.models import ModelConfig
-from delia.store.pools import Pool, read_candidates, read_rejections
-from delia.store.tables import is_finished, merkle_root
-from delia.synthesize.pipeline import SourceConfig, SynthesizeConfig
+from delia.store.pools import Candidate, Pool, from_candidate_table, read_rejections
+from delia.store.tables import Manifest, is_finished, merkle_root, read_table
+from delia.store.tasks import TaskConfig
+from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 STARTER = ModelConfig(path="package://delia.starter/weights")
 SYSTEM = "name the colour of the red fox , the grey wolf and the black cat ."
@@ -58,8 +61,18 @@ def build(space: Workspace, config: PoolConfig | None = None, *, num_replicas: i
     return build_pool(config or make_config(), space, engine=engine, log=lambda metrics, step: None)
 
 
+def read_candidates(path: Path) -> list[Candidate]:
+    return from_candidate_table(read_table(str(path)))
+
+
 def list_chunks(space: Workspace) -> list[Path]:
     return sorted((Path(space.output_dir) / "candidates").rglob("*.parquet"))
+
+
+def without_seconds(pool: Pool) -> Manifest:
+    """Return the manifest less what the clock says; all else is the same however a pool was made."""
+    cost = {name: value for name, value in pool.manifest.details["cost"].items() if "seconds" not in name}
+    return dataclasses.replace(pool.manifest, details=pool.manifest.details | {"cost": cost})
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +109,7 @@ def read_back(space: Workspace, config: PoolConfig | None = None) -> list[object
 def test_two_replicas_make_the_pool_of_one(built, space):
     pool = build(space, num_replicas=2)
 
-    assert pool.manifest == built[1].manifest
+    assert without_seconds(pool) == without_seconds(built[1])
     assert pool.rows == built[1].rows
     assert read_back(space) == read_back(built[0])
 
@@ -108,7 +121,7 @@ def test_a_restart_that_finds_half_of_the_chunks_makes_the_same_pool(built, resu
     kept = {path: path.stat().st_mtime_ns for path in list_chunks(resumable)}
     pool = build(resumable, num_replicas=2)
 
-    assert pool.manifest == built[1].manifest
+    assert without_seconds(pool) == without_seconds(built[1])
     assert pool.rows == built[1].rows
     assert len(kept) >= 2
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -117,7 +130,7 @@ def test_a_restart_that_finds_half_of_the_chunks_makes_the_same_pool(built, resu
 def test_stored_candidates_make_the_same_pool_with_no_engine(built, resumable):
     before = list_chunks(resumable)
 
-    assert build(resumable, num_replicas=None).manifest == built[1].manifest
+    assert without_seconds(build(resumable, num_replicas=None)) == without_seconds(built[1])
     assert list_chunks(resumable) == before
 
 
@@ -160,9 +173,6 @@ def test_every_rejection_is_kept_named_and_counted(built):
     assert reasons["unfinished"] > 5
     counts = {f"rejected_{reason}": count for reason, count in reasons.items()}
     assert pool.manifest.counts == {"accepted": 36, **counts}
-    assert pool.manifest.details["output_tokens"] == sum(
-        i.num_output_tokens for i in (*pool.rows, *rejections)
-    )
     assert pool.manifest.parents == {"model": space.model_id, "task": "d"}
 
 
@@ -178,7 +188,9 @@ def test_the_last_metrics_that_are_logged_are_those_of_the_pool(built, resumable
     num_rejected = len(read_back(resumable))
 
     assert (logged["synthesize/accepted"], logged["synthesize/rejected"]) == (36, num_rejected)
-    assert logged["synthesize/output_tokens"] == pool.manifest.details["output_tokens"]
+    cost = pool.manifest.details["cost"]
+    for name in ("prompt_tokens", "output_tokens", "engine_seconds"):
+        assert logged[f"synthesize/{name}"] == cost[name]
     assert steps == sorted(steps)
     assert steps[-1] == 36 + num_rejected
 
@@ -196,7 +208,7 @@ def test_a_changed_rule_curates_the_stored_candidates_again_into_a_pool_of_its_o
     assert reasons["too_long"] > 0
     assert pool.manifest.root != built[1].manifest.root
     assert {row.row_id for row in pool.rows} <= {
-        item.row_id for path in list_chunks(resumable) for item in read_candidates(str(path))
+        item.row_id for path in list_chunks(resumable) for item in read_candidates(path)
     }
 
 
@@ -248,13 +260,130 @@ def test_a_source_that_runs_out_is_an_error_with_the_numbers_and_leaves_no_pool(
     num_unfinished = int(message.partition("'unfinished': ")[2].partition("}")[0])
     assert f" {num_accepted} of 400 rows before its candidates ran out" in message
     assert num_accepted + num_unfinished == 16
-    assert "raise max_candidates, loosen curate, or ask for fewer rows" in message
+    assert "raise max_candidates, loosen curate or stop, or ask for fewer rows" in message
     assert not is_finished(resumable.address("pools", pool_fingerprint(config, resumable)))
 
 
 def test_nothing_stored_and_no_engine_is_an_error_and_not_an_empty_pool(space):
     with pytest.raises(PoolError, match=r"source 'web' gave 0 of 24 rows .* \(rejected: {}\)"):
         build(space, num_replicas=None)
+
+
+# ---- rounds, files of rows, and when a source ends
+
+
+def make_source(name: str, method: str | None = None, **fields: object) -> SourceConfig:
+    synthesizer = MethodConfig(method=f"delia.methods.synthesizer.{method}") if method else None
+    return SourceConfig(name=name, synthesizer=synthesizer, **{"num_rows": 6, **fields})
+
+
+def make_pool_config(*sources: SourceConfig, stop: StopConfig | None = None) -> PoolConfig:
+    synthesize = SynthesizeConfig(sources=sources, sampling=SamplingConfig(max_tokens=16), chunk_size=8)
+    return PoolConfig(synthesize=synthesize, curate=LOOSE, stop=stop or StopConfig())
+
+
+def write_rows(path: Path, *questions: str) -> TaskConfig:
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": f"about {text}"}]}
+        for text in questions
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return TaskConfig(path=str(path), licence="MIT")
+
+
+WEB = make_config().synthesize.sources[0]
+
+
+def test_a_source_feeds_on_the_accepted_rows_of_a_closed_one(space, local_stage):
+    local_stage()
+    answers = make_source("answers", "answering.Answering", feeds_on=("web",), num_rows=4, max_candidates=8)
+    config = make_pool_config(WEB.model_copy(update={"num_rows": 8}), answers)
+    rows = build(space, config).rows
+    web = [row for row in rows if row.source == "web"]
+    answered = [row for row in rows if row.source == "answers"]
+
+    assert [row.instruction for row in answered] == [web[row.index].instruction for row in answered]
+    assert len(answered) == 4
+    assert [row.messages[-1] for row in answered] != [web[row.index].messages[-1] for row in answered]
+
+
+def test_what_a_source_feeds_on_decides_its_recipe(space, local_stage):
+    """A larger first round is another one: its second round can't be taken from storage."""
+    local_stage()
+    answers = make_source("answers", "answering.Answering", feeds_on=("web",), num_rows=4)
+    for num_rows in (8, 9):
+        config = make_pool_config(WEB.model_copy(update={"num_rows": num_rows}), answers)
+        build(space, config)
+
+    assert len(list((Path(space.output_dir) / "candidates").iterdir())) == 1 + 2
+
+
+def test_rows_of_a_file_become_a_source_in_the_files_order_and_cost_nothing(space, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", "the fox", "the owl", "the fox", "the cat")
+    config = make_pool_config(make_source("file", rows=rows, num_rows=3))
+    pool = build(space, config, num_replicas=None)
+
+    assert [row.instruction for row in pool.rows] == ["the fox", "the owl", "the cat"]
+    assert len({row.row_id for row in pool.rows}) == 3
+    assert pool.manifest.details["cost"]["output_tokens"] == 0
+    assert [(item.reason, item.index) for item in read_back(space, config)] == [("duplicate", 2)]
+
+
+def test_an_imported_row_is_known_by_its_content_wherever_it_stands(opened, tmp_path):
+    ids = []
+    for number, questions in enumerate((("the fox", "the owl"), ("the owl", "the fox"))):
+        space = dataclasses.replace(opened, output_dir=str(tmp_path / str(number)))
+        rows = write_rows(tmp_path / "rows.jsonl", *questions)
+        pool = build(space, make_pool_config(make_source("f", rows=rows, num_rows=2)), num_replicas=None)
+        ids.append({row.instruction: row.row_id for row in pool.rows})
+
+    assert ids[0] == ids[1]
+
+
+def test_a_source_that_says_nothing_new_ends_early_and_says_so(space, tmp_path):
+    rows = write_rows(
+        tmp_path / "rows.jsonl", *("the fox", "the owl", "the cat", "the dog"), *["the fox"] * 20
+    )
+    stop = StopConfig(min_new_share=0.3, window=8)
+    config = make_pool_config(make_source("file", rows=rows, num_rows=20), stop=stop)
+    pool = build(space, config, num_replicas=None)
+
+    assert len(pool.rows) == 4
+    assert pool.manifest.counts["rejected_duplicate"] == 6  # 2 of the last 8 are new
+    assert pool.manifest.details["stopped"] == {
+        "file": "novelty: 4 of 20 rows, 0 output tokens, 0.25 of the last instructions new"
+    }
+
+
+def test_a_budget_of_tokens_ends_a_source_at_a_place_that_its_candidates_decide(
+    opened, local_stage, tmp_path
+):
+    pools = []
+    for order_seed in (None, 3):
+        local_stage(order_seed)
+        space = dataclasses.replace(opened, output_dir=str(tmp_path / str(order_seed)))
+        config = make_pool_config(WEB, stop=StopConfig(max_output_tokens=200))
+        pools.append(build(space, config))
+    decided = [*pools[0].rows, *read_back(space, config)]
+
+    assert pools[0].rows == pools[1].rows
+    assert 200 <= sum(item.num_output_tokens for item in decided) < 200 + 2 * 16
+    assert pools[0].manifest.details["stopped"]["web"].startswith("tokens: ")
+
+
+def test_a_source_that_ends_with_nothing_is_an_error(space, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", "the fox")
+    config = make_pool_config(make_source("f", rows=rows), stop=StopConfig(window=1, min_new_share=0.5))
+    with pytest.raises(PoolError, match="gave 1 of 6 rows before its candidates ran out"):
+        build(space, config, num_replicas=None)
+
+
+def test_a_prompt_without_room_is_a_named_rejection_and_ends_no_job(space, local_stage):
+    local_stage()
+    engine = EngineConfig(kind="scripted", max_model_len=30)
+    config = make_pool_config(WEB.model_copy(update={"num_rows": 100, "max_candidates": 8}))
+    with pytest.raises(PoolError, match=r"rejected: {.*'prompt_too_long': \d"):
+        build_pool(config, space, engine=engine, log=lambda metrics, step: None)
 
 
 # ---- the real engine
@@ -280,7 +409,7 @@ def test_two_replicas_of_vllm_write_the_256_candidates_and_the_pool_of_one(clust
         engine = EngineConfig(kind="vllm", num_replicas=num_replicas, max_model_len=256)
         with pytest.raises(PoolError, match="of 256 rows"):  # all are rejected, so all are generated
             build_pool(everything, space, engine=engine, log=lambda metrics, step: None)
-        candidates.append([item for path in list_chunks(space) for item in read_candidates(str(path))])
+        candidates.append([item for path in list_chunks(space) for item in read_candidates(path)])
         config = PoolConfig(synthesize=synthesize, curate=LOOSE)
         roots.append(build(space, config, num_replicas=None).manifest.root)
 

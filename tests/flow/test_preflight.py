@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from delia.errors import ChatError, ConfigError, MixtureError, TrainError
+from delia.config import MethodConfig
+from delia.errors import ChatError, ConfigError, MixtureError, TaskFileError, TrainError
 from delia.evaluate.harness import EvaluateConfig
 from delia.flow.adapt import open_job
 from delia.flow.preflight import (
@@ -12,6 +13,7 @@ from delia.flow.preflight import (
     check_metrics,
     check_pool_lengths,
     check_ratios,
+    check_sources,
     check_split,
     check_stages,
 )
@@ -21,6 +23,8 @@ from delia.generate.engine import EngineConfig
 from delia.mix.mixture import MixConfig
 from delia.recipes.starter import STARTER, sep_hallucination, starter_sep
 from delia.schema import Message, SeedTask, Task
+from delia.store.models import ModelConfig
+from delia.store.tasks import TaskConfig
 from delia.train.settings import StageConfig, TrainConfig
 
 STAGES = (StageConfig(max_steps=1),)
@@ -201,6 +205,26 @@ def test_without_a_pool_only_ratio_0_is_possible():
 
 
 # ---- whole jobs
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "reason"),
+    [
+        (
+            {"synthesizer": MethodConfig(method="delia.methods.synthesizer.magpi.Magpie")},
+            ConfigError,
+            "no method",
+        ),
+        ({"synthesizer": None, "rows": TaskConfig(path="/none.jsonl")}, TaskFileError, "no such file"),
+        ({"model": ModelConfig(path="/no/teacher")}, ConfigError, "/no/teacher"),
+    ],
+)
+def test_a_source_whose_method_file_or_teacher_is_missing_is_refused_before_any_round(fields, error, reason):
+    pool = starter_sep().pool
+    source = pool.synthesize.sources[0].model_copy(update=fields)
+    synthesize = pool.synthesize.model_copy(update={"sources": (source,)})
+    with pytest.raises(error, match=reason):
+        check_sources(pool.model_copy(update={"synthesize": synthesize}))
 
 
 @pytest.mark.parametrize("recipe", [starter_sep(), sep_hallucination()], ids=lambda recipe: recipe.name)

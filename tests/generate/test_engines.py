@@ -1,7 +1,9 @@
 """The contract of every engine: the scripted one, and vLLM on the starter."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
@@ -11,7 +13,16 @@ from safetensors.torch import save_file
 
 from delia.chat import ChatEncoder, load_chat
 from delia.errors import EngineError
-from delia.generate.engine import Completion, Engine, EngineConfig, Request, SamplingConfig, build_engine
+from delia.generate.engine import (
+    ENGINE_FAULT,
+    PROMPT_TOO_LONG,
+    Completion,
+    Engine,
+    EngineConfig,
+    Request,
+    SamplingConfig,
+    build_engine,
+)
 from delia.generate.vllm_engine import VLLM_RANKS, VllmEngine
 from delia.rng import derive_seed
 from delia.schema import Message
@@ -51,7 +62,7 @@ def vllm_engine(cluster) -> Iterator[Engine]:
             return self._engine.generate(requests, sampling, end_ids=end_ids)
 
     config = EngineConfig(kind="vllm", max_model_len=256, max_num_seqs=64, lora_rank=8)
-    host = Host.remote(STARTER, config)
+    host = Host.options(max_concurrency=4).remote(STARTER, config)
     yield HostedEngine(host)
     ray.kill(host)
 
@@ -60,7 +71,7 @@ def vllm_engine(cluster) -> Iterator[Engine]:
 def engine(request: pytest.FixtureRequest) -> Engine:
     if request.param == "vllm":
         return request.getfixturevalue("vllm_engine")
-    return build_engine(STARTER, EngineConfig(kind="scripted"))
+    return build_engine(STARTER, EngineConfig(kind="scripted", max_model_len=256))
 
 
 @pytest.fixture(scope="session")
@@ -166,7 +177,92 @@ def test_neither_the_order_of_requests_nor_their_company_changes_an_answer(engin
     assert alone == together[:4]
 
 
+def test_a_prompt_without_room_for_an_answer_is_handed_back_and_the_others_are_answered(
+    engine, requests, chat
+):
+    long = Request(request_id="long", prompt_ids=(9,) * 256)
+    before, refused, after = engine.generate([requests[0], long, requests[1]], GREEDY, end_ids=chat.end_ids)
+
+    assert [before, after] == engine.generate(requests[:2], GREEDY, end_ids=chat.end_ids)
+    assert (refused.request_id, refused.finish_reason, refused.token_ids) == ("long", PROMPT_TOO_LONG, ())
+    assert refused.error == "the prompt has 256 ids, engine.max_model_len=256 leaves no room"
+
+
+def test_an_answer_ends_where_the_context_does(engine, chat):
+    full = Request(request_id="r", prompt_ids=tuple(chat.encode_user_prefix("the " * 250)[:253]))
+    long = SamplingConfig(max_tokens=100)
+    (answer,) = engine.generate([full], long, end_ids=())
+
+    assert (len(answer.token_ids), answer.finish_reason) == (256 - 253, "length")
+
+
+def test_a_request_may_set_its_own_temperature_and_length(engine, requests, chat):
+    own = [dataclasses.replace(item, temperature=0.0, max_tokens=3) for item in requests]
+    short = engine.generate(requests, SamplingConfig(temperature=0.0, max_tokens=3), end_ids=chat.end_ids)
+
+    assert engine.generate(own, SAMPLED, end_ids=chat.end_ids) == short
+    assert {len(item.token_ids) for item in short} <= {1, 2, 3}
+
+
+def test_callers_at_the_same_time_get_what_each_would_get_alone(engine, requests, chat):
+    parts = [requests[place::4] for place in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda part: engine.generate(part, SAMPLED, end_ids=chat.end_ids), parts))
+
+    assert together == [engine.generate(part, SAMPLED, end_ids=chat.end_ids) for part in parts]
+
+
 # ---- vLLM
+
+
+NUMBER_SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"equal": {"type": "boolean"}},
+        "required": ["equal"],
+        "additionalProperties": False,
+    }
+)
+
+
+def test_a_schema_admits_no_other_answer_and_leaves_its_neighbours_alone(vllm_engine, requests, chat):
+    asked = [
+        dataclasses.replace(item, json_schema=NUMBER_SCHEMA if place % 2 else "", max_tokens=40)
+        for place, item in enumerate(requests[:8])
+    ]
+    plain = [dataclasses.replace(item, max_tokens=40) for item in requests[:8]]
+    answers = vllm_engine.generate(asked, SAMPLED, end_ids=chat.end_ids)
+    free = vllm_engine.generate(plain, SAMPLED, end_ids=chat.end_ids)
+
+    for item in answers[1::2]:
+        assert item.finish_reason == "stop"
+        assert isinstance(json.loads(chat.decode(item.token_ids))["equal"], bool)
+    assert answers[::2] == free[::2]
+
+
+@pytest.mark.parametrize("schema", ["{", '{"type": "nothing"}'])
+def test_a_schema_that_makes_no_grammar_is_refused_and_the_engine_lives_on(
+    vllm_engine, requests, chat, schema
+):
+    bad = dataclasses.replace(requests[0], json_schema=schema)
+    with pytest.raises(EngineError, match="makes no grammar"):
+        vllm_engine.generate([bad, requests[1]], GREEDY, end_ids=chat.end_ids)
+    assert vllm_engine.generate(requests[1:2], GREEDY, end_ids=chat.end_ids)[0].token_ids
+
+
+def test_what_vllm_refuses_is_one_requests_fault(vllm_engine, requests, chat):
+    bad = dataclasses.replace(requests[0], max_tokens=0)
+    refused, answered = vllm_engine.generate([bad, requests[1]], GREEDY, end_ids=chat.end_ids)
+
+    assert (refused.finish_reason, refused.token_ids) == (ENGINE_FAULT, ())
+    assert "max_tokens" in refused.error
+    assert [answered] == vllm_engine.generate(requests[1:2], GREEDY, end_ids=chat.end_ids)
+
+
+def test_the_scripted_engine_refuses_a_schema(requests, chat):
+    asked = dataclasses.replace(requests[0], json_schema=NUMBER_SCHEMA)
+    with pytest.raises(EngineError, match=r"no grammar; set engine\.kind=vllm"):
+        build_engine(STARTER, EngineConfig(kind="scripted")).generate([asked], GREEDY, end_ids=chat.end_ids)
 
 
 def test_vllm_answers_with_the_tokens_of_the_model_itself(vllm_engine, requests, chat):

@@ -4,14 +4,22 @@ import dataclasses
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from delia.errors import ChatError, EngineError
-from delia.generate.engine import Completion, EngineConfig, Request, SamplingConfig
-from delia.generate.pipeline import FollowUp, stream_completions, to_completions
+from delia.generate.attempts import Ask
+from delia.generate.engine import Completion, EngineConfig, Request, SamplingConfig, ScriptedConfig
+from delia.generate.pipeline import (
+    ENGINE_SECONDS,
+    Script,
+    answer_requests,
+    run_script,
+    to_blocks,
+    to_completions,
+)
 from delia.generate.scripted import ScriptedEngine
 from delia.store.models import ModelConfig
 
@@ -23,16 +31,19 @@ REQUESTS = [
 ]
 
 
-def stream(requests: list[Request], *, follow_up: FollowUp | None = None, **settings: object):
-    engine = EngineConfig(kind="scripted", **{"batch_size": 8, **settings})
-    return stream_completions(
-        requests, model=STARTER, engine=engine, sampling=SAMPLING, end_ids=END_IDS, follow_up=follow_up
-    )
+def make_engine(**settings: object) -> EngineConfig:
+    return EngineConfig(kind="scripted", **{"batch_size": 8, **settings})
+
+
+def stream(requests: list[Request], *, script: Script = answer_requests, **settings: object):
+    engine = make_engine(**settings)
+    blocks = to_blocks(requests, engine.batch_size)
+    return run_script(script, blocks, model=STARTER, engine=engine, sampling=SAMPLING, end_ids=END_IDS)
 
 
 def generate(requests: list[Request], num_replicas: int = 1) -> dict[str, Completion]:
     tables = stream(requests, num_replicas=num_replicas)
-    return {item.request_id: item for table in tables for _, item in to_completions(table)}
+    return {item.request_id: item for table in tables for item in to_completions(table)}
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 3])
@@ -52,38 +63,55 @@ def test_no_requests_start_nothing():
     assert list(stream([])) == []
 
 
-def test_a_second_turn_is_answered_beside_the_first_and_only_where_one_is_asked_for(cluster):
-    def ask_the_even(completion: Completion) -> Request | None:
-        number = int(completion.request_id[1:])
-        if number % 2:
-            return None
-        return Request(request_id=completion.request_id, prompt_ids=(300, *completion.token_ids), seed=number)
+def test_a_script_asks_as_often_as_it_needs_and_its_result_is_one_table_a_block(cluster):
+    def ask_twice(block: pa.Table, ask: Ask) -> pa.Table:
+        first = to_completions(answer_requests(block, ask))
+        second = ask(
+            [Request(request_id=item.request_id, prompt_ids=(300, *item.token_ids)) for item in first]
+        )
+        names = [item.request_id for item in first]
+        return pa.table({"request_id": names, "asked": [item.num_prompt_tokens for item in second]})
 
-    turns = [
-        (turn, item)
-        for table in stream(REQUESTS, follow_up=ask_the_even, num_replicas=2)
-        for turn, item in to_completions(table)
-    ]
-    first = {item.request_id: item for turn, item in turns if turn == 1}
-    second = {item.request_id: item for turn, item in turns if turn == 2}
+    tables = list(stream(REQUESTS, script=ask_twice, num_replicas=2))
+    first = generate(REQUESTS)
+    asked = {row["request_id"]: row["asked"] for table in tables for row in table.to_pylist()}
 
-    assert len(turns) == 40 + 20
-    assert first == generate(REQUESTS)
-    assert set(second) == {f"r{place}" for place in range(0, 40, 2)}
-    assert [i for name, i in second.items() if i.num_prompt_tokens != 1 + len(first[name].token_ids)] == []
+    assert asked == {name: 1 + len(item.token_ids) for name, item in first.items()}
+    assert sorted(table["request_id"].to_pylist() for table in tables) == sorted(
+        [f"r{place}" for place in range(start, start + 8)] for start in range(0, 40, 8)
+    )
 
 
-def test_a_table_holds_both_turns_of_one_whole_batch(cluster):
-    def again(completion: Completion) -> Request:
-        return Request(request_id=completion.request_id, prompt_ids=(300,))
+def test_the_time_of_the_engine_is_shared_out_over_the_rows_and_counted_once(cluster):
+    """Two blocks side by side keep one engine busy: its seconds are not those of both callers added."""
+    started = time.monotonic()
+    tables = list(stream(REQUESTS[:16], scripted=ScriptedConfig(seconds_per_request=0.1)))
+    elapsed = time.monotonic() - started
+    seconds = sum(table[ENGINE_SECONDS][0].as_py() * table.num_rows for table in tables)
 
-    batches = [
-        Counter(item.request_id for _, item in to_completions(table))
-        for table in stream(REQUESTS, follow_up=again, num_replicas=2)
-    ]
-    expected = [Counter({f"r{place}": 2 for place in range(start, start + 8)}) for start in range(0, 40, 8)]
+    assert 8 * 0.1 <= seconds <= elapsed
 
-    assert sorted(batches, key=lambda batch: int(min(batch, key=lambda name: int(name[1:]))[1:])) == expected
+
+def test_several_blocks_are_in_one_engine_at_a_time(cluster):
+    """Each block waits until another one has begun: alone it would wait for ever."""
+
+    def meet(block: pa.Table, ask: Ask) -> pa.Table:
+        begun.append(block["request_id"][0].as_py())
+        give_up = time.monotonic() + 60
+        while len(begun) < 2 and time.monotonic() < give_up:
+            time.sleep(0.01)
+        return pa.table({"begun": [len(begun)]})
+
+    begun: list[str] = []
+    tables = list(stream(REQUESTS[:16], script=meet))
+
+    assert [table["begun"][0].as_py() for table in tables] == [2, 2]
+
+
+def test_a_request_that_could_not_be_answered_is_an_error_where_answers_are_read(cluster):
+    long = [dataclasses.replace(REQUESTS[0], prompt_ids=(9,) * 512)]
+    with pytest.raises(EngineError, match=r"request r0 was not answered: the prompt has 512 ids"):
+        [to_completions(table) for table in stream(long)]
 
 
 def test_a_stream_that_is_no_longer_read_gives_its_replicas_back(cluster):
@@ -102,11 +130,11 @@ def test_a_stream_that_is_no_longer_read_gives_its_replicas_back(cluster):
 
 
 def test_an_error_on_a_replica_reaches_the_caller_as_what_it_is(cluster):
-    def refuse(completion: Completion) -> Request:
-        raise ChatError(f"no second turn for {completion.request_id}")
+    def refuse(block: pa.Table, ask: Ask) -> pa.Table:
+        raise ChatError(f"no second turn for {block['request_id'][0].as_py()}")
 
     with pytest.raises(ChatError, match="no second turn for r0"):
-        list(stream(REQUESTS[:1], follow_up=refuse))
+        list(stream(REQUESTS[:1], script=refuse))
 
 
 def test_an_engine_that_can_not_start_ends_the_stage_with_its_reason(cluster):
@@ -114,15 +142,17 @@ def test_an_engine_that_can_not_start_ends_the_stage_with_its_reason(cluster):
     nowhere = ModelConfig(path="/no/such/model")
 
     with pytest.raises(EngineError, match=r"could not start.*'/no/such/model' has no config\.json"):
-        list(stream_completions(REQUESTS, model=nowhere, engine=engine, sampling=SAMPLING, end_ids=END_IDS))
+        blocks = to_blocks(REQUESTS, 8)
+        list(run_script(answer_requests, blocks, model=nowhere, engine=engine, sampling=SAMPLING, end_ids=()))
 
 
 ON_THREE_NODES = """
 import time
+import pyarrow as pa
 import ray
 from ray.cluster_utils import Cluster
 from delia.generate.engine import EngineConfig, Request, SamplingConfig
-from delia.generate.pipeline import stream_completions, to_completions
+from delia.generate.pipeline import run_script, to_blocks
 from delia.store.models import ModelConfig
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
@@ -133,21 +163,20 @@ ray.init(address=cluster.address)
 number_by_node = {node["NodeID"]: number for number, node in enumerate(ray.nodes())}
 
 
-def tell_node(completion):
+def tell_node(block, ask):
     time.sleep(0.5)  # long enough that one replica does not answer everything
-    node = ray.get_runtime_context().get_node_id()
-    return Request(request_id=completion.request_id, prompt_ids=(number_by_node[node],))
+    return pa.table({"node": [number_by_node[ray.get_runtime_context().get_node_id()]]})
 
 
-tables = stream_completions(
-    [Request(request_id=str(place), prompt_ids=(9,)) for place in range(30)],
+tables = run_script(
+    tell_node,
+    to_blocks([Request(request_id=str(place), prompt_ids=(9,)) for place in range(30)], 1),
     model=ModelConfig(path="unused"),
-    engine=EngineConfig(kind="scripted", num_replicas=3, batch_size=1),
+    engine=EngineConfig(kind="scripted", num_replicas=3, max_concurrent_batches=1),
     sampling=SamplingConfig(max_tokens=1),
     end_ids=(),
-    follow_up=tell_node,
 )
-nodes = [item.token_ids[0] for table in tables for turn, item in to_completions(table) if turn == 2]
+nodes = [table["node"][0].as_py() for table in tables]
 print("nodes", len(nodes), *sorted(set(nodes)))
 ray.shutdown()
 cluster.shutdown()

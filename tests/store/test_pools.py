@@ -10,11 +10,13 @@ import pytest
 from delia.errors import StoreError
 from delia.schema import Message, Rejection, Row
 from delia.store.pools import (
+    Cost,
     Pool,
-    read_candidates,
+    from_candidate_table,
     read_pool,
     read_rejections,
-    write_candidates,
+    sum_cost,
+    to_candidate_table,
     write_pool,
 )
 from delia.store.tables import FORMAT_VERSION, MANIFEST, merkle_root, read_table, write_table
@@ -213,6 +215,14 @@ def test_writing_the_same_pool_again_is_no_fault(address: str):
     assert write(address, rows=ROWS) == read_pool(address)
 
 
+def write_candidates(path: str, candidates: list[Row | Rejection]) -> None:
+    write_table(path, to_candidate_table(candidates))
+
+
+def read_candidates(path: str) -> list[Row | Rejection]:
+    return from_candidate_table(read_table(path), address=path)
+
+
 def test_the_parts_of_a_pool_in_the_making_are_left_alone(tmp_path: Path):
     address = str(tmp_path / "pool")
     write_candidates(f"{address}/parts/one.parquet", [ROWS[0]])
@@ -239,6 +249,20 @@ def test_a_changed_candidate_is_seen(tmp_path: Path):
 
     with pytest.raises(StoreError, match="row self-2 was changed"):
         read_candidates(path)
+
+
+def test_what_candidates_cost_is_summed_and_is_no_part_of_them(tmp_path: Path):
+    candidates = [ROWS[0], REJECTIONS[0]]
+    table = to_candidate_table(candidates)
+    columns = {"spent_prompt_tokens": [3, 4], "spent_output_tokens": [5, 6], "engine_seconds": [0.25, 0.5]}
+    for name, values in columns.items():
+        table = table.append_column(name, [values])
+    write_table(f"{tmp_path}/chunk.parquet", table)
+
+    stored = read_table(f"{tmp_path}/chunk.parquet")
+    assert sum_cost(stored) == Cost(prompt_tokens=7, output_tokens=11, engine_seconds=0.75)
+    assert from_candidate_table(stored) == candidates
+    assert sum_cost(to_candidate_table(candidates)) == Cost()
 
 
 def test_a_chunk_that_is_not_there_is_an_error(tmp_path: Path):

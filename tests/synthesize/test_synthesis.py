@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from delia.config import MethodConfig
 from delia.errors import ConfigError
 from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.rng import hash_text
-from delia.schema import Message, Row, SeedTask, Task
+from delia.schema import Message, Row, SeedTask
 from delia.store.models import ModelConfig
 from delia.store.pools import Candidate
 from delia.store.tables import list_names
-from delia.synthesize.pipeline import Dialogue, SourceConfig, SynthesizeConfig, plan_chunks, synthesize
+from delia.synthesize.dialogue import Dialogue
+from delia.synthesize.pipeline import Batch, plan_chunks, synthesize
+from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 STARTER = ModelConfig(path="package://delia.starter/weights")
 MAGPIE = "delia.methods.synthesizer.magpie.Magpie"
@@ -27,7 +30,6 @@ SEED = SeedTask(
     phrasing="in lingo",
     messages=(Message(role="user", content="say fox in lingo"), Message(role="assistant", content="ka mu")),
 )
-TASK = Task(name="t", digest="d", rows_by_split={"train": (SEED,), "dev": (), "test": ()})
 
 
 def make_source(
@@ -42,44 +44,42 @@ def make_config(*sources: SourceConfig, chunk_size: int = 8, max_tokens: int = 1
     return SynthesizeConfig(sources=sources or (make_source(),), sampling=sampling, chunk_size=chunk_size)
 
 
-def run(config: SynthesizeConfig, address: Path, *, task: Task = TASK, engine: EngineConfig | None = ENGINE):
-    return synthesize(config, model=STARTER, engine=engine, task=task, task_tokens={}, address=str(address))
+def make_dialogue(config: SynthesizeConfig, **fields: object) -> Dialogue:
+    own = {"model": STARTER, "seed_tasks": (SEED,), **fields}
+    return Dialogue(sources=config.sources, sampling=config.sampling, **own)
 
 
-def flatten(chunks: list[list[Candidate]]) -> list[Candidate]:
-    return [candidate for chunk in chunks for candidate in chunk]
+def run(config: SynthesizeConfig, address: Path, *, engine: EngineConfig | None = ENGINE, **fields: object):
+    dialogue = make_dialogue(config, **fields)
+    return synthesize(dialogue, chunk_size=config.chunk_size, engine=engine, address=str(address))
 
 
-def find_recipe(
-    config: SynthesizeConfig,
-    *,
-    seeds: tuple[SeedTask, ...] = (SEED,),
-    long: str = "",
-    model: ModelConfig = STARTER,
-) -> str:
-    return Dialogue(config, model, {}, seeds, long).part(config.sources[0].name)[1].recipe
+def flatten(batches: Iterable[Batch]) -> list[Candidate]:
+    return [candidate for batch in batches for candidate in batch.candidates]
+
+
+def find_recipe(config: SynthesizeConfig, **fields: object) -> str:
+    return make_dialogue(config, **fields).part(config.sources[0].name)[1].recipe
 
 
 # ---- chunks
 
 
 def test_chunks_of_one_source_cover_four_candidates_a_row_without_gap_or_overlap():
-    chunks = plan_chunks(make_config(make_source(num_rows=10), chunk_size=8))
+    chunks = plan_chunks([make_source(num_rows=10)], 8)
 
     assert [(chunk.start, chunk.stop) for chunk in chunks] == [(s, s + 8) for s in range(0, 40, 8)]
     assert chunks[1].name == "000000008-000000016.parquet"
 
 
 def test_max_candidates_bounds_the_chunks_in_whole_chunks():
-    chunks = plan_chunks(make_config(make_source(max_candidates=17), chunk_size=8))
+    chunks = plan_chunks([make_source(max_candidates=17)], 8)
 
     assert [chunk.stop for chunk in chunks] == [8, 16, 24]
 
 
 def test_chunks_of_two_sources_are_interleaved_in_proportion_to_their_rows():
-    chunks = plan_chunks(
-        make_config(make_source("a", num_rows=20), make_source("b", system="x", num_rows=10))
-    )
+    chunks = plan_chunks([make_source("a", num_rows=20), make_source("b", num_rows=10)], 8)
 
     assert [chunk.source for chunk in chunks[:6]] == ["a", "b", "a", "a", "b", "a"]
     assert [sum(chunk.source == name for chunk in chunks) for name in "ab"] == [10, 5]
@@ -93,7 +93,7 @@ def test_candidates_come_in_index_order_whichever_batch_is_done_first(local_stag
 
     for name in "ab":
         assert [item.index for item in flatten(chunks) if item.source == name] == list(range(40))
-    assert all(len({item.source for item in chunk}) == 1 for chunk in chunks)
+    assert all({item.source for item in batch.candidates} == {batch.source} for batch in chunks)
 
 
 def test_candidates_are_equal_in_any_order_and_in_chunks_of_any_size(local_stage, tmp_path):
@@ -112,7 +112,7 @@ def test_a_reader_that_stops_ends_generation_and_keeps_what_is_whole(local_stage
     next(chunks)
     chunks.close()
 
-    assert len(stage.answered) == 8
+    assert {int(name.partition(":")[2]) for name in stage.answered} == set(range(8))
     assert list_names(str(tmp_path / find_recipe(make_config()))) == ["000000000-000000008.parquet"]
 
 
@@ -154,7 +154,7 @@ def test_what_a_killed_job_left_half_written_is_not_taken_for_a_chunk(local_stag
     stage = local_stage()
 
     assert len(flatten(list(run(make_config(), tmp_path)))) == 40
-    assert len(stage.answered) == 40
+    assert len(set(stage.answered)) == 40
 
 
 def test_a_larger_pool_under_another_name_reuses_the_chunks_and_its_rows_bear_its_name(local_stage, tmp_path):
@@ -164,7 +164,7 @@ def test_a_larger_pool_under_another_name_reuses_the_chunks_and_its_rows_bear_it
     renamed = make_config(make_source("self", num_rows=12))
     again = flatten(list(run(renamed, tmp_path)))
 
-    assert [int(name.partition(":")[2]) for name in stage.answered] == list(range(40, 48))
+    assert {int(name.partition(":")[2]) for name in stage.answered} == set(range(40, 48))
     assert {item.source for item in again} == {"self"}
     assert [item.row_id for item in again[:40]] == [item.row_id for item in first]
 
@@ -192,11 +192,11 @@ def test_whatever_decides_the_text_changes_the_recipe(tmp_path):
         find_recipe(make_config(make_source(system="other"))),
         find_recipe(make_config(max_tokens=17)),
         find_recipe(make_config(), model=ModelConfig(path=str(weights))),
-        find_recipe(make_config(), long="at length"),
-        find_recipe(make_config(), seeds=(dataclasses.replace(SEED, messages=other_text),)),
-        find_recipe(make_config(), seeds=(dataclasses.replace(SEED, phrasing="fox"),)),
-        find_recipe(make_config(), seeds=(dataclasses.replace(SEED, task_id="t1"),)),
-        find_recipe(make_config(), seeds=()),
+        find_recipe(make_config(), long_instruction="at length"),
+        find_recipe(make_config(), seed_tasks=(dataclasses.replace(SEED, messages=other_text),)),
+        find_recipe(make_config(), seed_tasks=(dataclasses.replace(SEED, phrasing="fox"),)),
+        find_recipe(make_config(), seed_tasks=(dataclasses.replace(SEED, task_id="t1"),)),
+        find_recipe(make_config(), seed_tasks=()),
     ]
 
     assert len(set(recipes)) == len(recipes)

@@ -18,7 +18,7 @@ from delia.errors import EngineError
 from delia.evaluate.intervals import Interval, mean_interval, wilson_interval
 from delia.evaluate.scoring import METRICS
 from delia.generate.engine import Completion, EngineConfig, Request, SamplingConfig
-from delia.generate.pipeline import stream_completions, to_completions
+from delia.generate.pipeline import answer_requests, run_script, to_blocks, to_completions
 from delia.schema import SeedTask
 from delia.store.models import ModelConfig
 
@@ -139,8 +139,9 @@ def evaluate(
         for label, address in adapters.items()
         for index, prompt in enumerate(prompts)
     ]
-    tables = stream_completions(
-        requests,
+    tables = run_script(
+        answer_requests,
+        to_blocks(requests, engine.batch_size),
         model=model,
         engine=engine,
         sampling=SamplingConfig(temperature=0.0, max_tokens=config.max_tokens),
@@ -149,7 +150,7 @@ def evaluate(
     answered: dict[str, Completion] = {}
     waiting = dict.fromkeys(adapters)
     for table in tables:
-        for _, completion in to_completions(table):
+        for completion in to_completions(table):
             answered[completion.request_id] = completion
             missing[completion.request_id.rpartition(":")[0]] -= 1
         complete = [] if missing[TARGET] else [label for label in waiting if not missing[label]]

@@ -1,39 +1,60 @@
 """Synthesise until enough rows are accepted: candidates in index order -> Pool.
 
-    synthesize --chunks--> a Curator a source --> rows.parquet, rejected.parquet, manifest
+    round of sources: synthesize --chunks--> a Curator a source --> closed; the next round feeds on it
+    all rounds --> rows.parquet, rejected.parquet, manifest
 
-A pool of N accepted rows is the accepted part of candidates 0..m, m the smallest index that reaches
-N: neither replicas, nor the order of chunks, nor restarts change it.
+A source of N accepted rows is the accepted part of candidates 0..m, m the smallest index that reaches N or
+the stop rule: neither replicas, nor the order of chunks, nor restarts change it.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 
 from delia.config import FrozenConfig, fingerprint
 from delia.curate.pipeline import CurateConfig, Curator
+from delia.curate.stopping import ENOUGH_ROWS, StopConfig, StopRule
 from delia.errors import PoolError
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
 from delia.schema import Rejection, Row
-from delia.store.pools import Candidate, Pool, read_pool, write_pool
+from delia.store.pools import Cost, Pool, read_pool, write_pool
 from delia.store.tables import is_finished
-from delia.synthesize.pipeline import SynthesizeConfig, synthesize
+from delia.synthesize.dialogue import Dialogue
+from delia.synthesize.pipeline import Batch, plan_rounds, read_imported, synthesize
+from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 LogMetrics = Callable[[dict[str, float], int], None]
 
 
 class PoolConfig(FrozenConfig):
-    """How a pool is made: what is synthesised, and what is kept of it."""
+    """How a pool is made: what is synthesised, what is kept of it, and when a source ends early."""
 
     synthesize: SynthesizeConfig
     curate: CurateConfig = CurateConfig()
+    stop: StopConfig = StopConfig()
 
 
 def pool_fingerprint(config: PoolConfig, space: Workspace) -> str:
     """Return the name of the pool: everything that decides its rows, nothing that does not."""
     return fingerprint(config, space.model_id, space.chat.template_hash, space.task.digest)
+
+
+@dataclass
+class _Growth:
+    """What has been decided so far, over all rounds."""
+
+    closed: dict[str, tuple[Row, ...]] = field(default_factory=dict)
+    rejections: list[Rejection] = field(default_factory=list)
+    stopped: dict[str, str] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(map(len, self.closed.values()))
 
 
 def build_pool(
@@ -47,7 +68,7 @@ def build_pool(
     """Return the pool, from storage where it is finished, else synthesised or resumed.
 
     Args:
-        config: What is synthesised and what is kept.
+        config: What is synthesised, what is kept, and when a source ends early.
         space: Model, chat format and task.
         engine: How the model is served; None curates stored candidates and generates nothing.
         log: Called with metrics and the number of candidates seen.
@@ -61,73 +82,140 @@ def build_pool(
     if is_finished(address):
         return read_pool(address)
     started = time.monotonic()
-    candidates = synthesize(
-        config.synthesize,
-        model=space.model,
-        engine=engine,
-        task=space.task,
-        task_tokens=dict(space.chat.token_ids),
-        address=space.address("candidates", ""),
-        allowed_modules=allowed_modules,
-    )
-    with closing(candidates):
-        rows, rejections = _accept(config, space, candidates, log)
-    num_tokens = sum(row.num_output_tokens for row in rows)
-    num_tokens += sum(rejection.num_output_tokens for rejection in rejections)
+    growth = _Growth()
+    for sources in plan_rounds(config.synthesize):
+        with closing(
+            _generate(config, space, sources, growth, engine=engine, allowed_modules=allowed_modules)
+        ) as batches:
+            _accept(config, space, sources, batches, growth, log=log)
+    num_rows = growth.num_accepted
+    details = {"template_hash": space.chat.template_hash, "cost": account(growth.cost, num_rows, engine)}
     write_pool(
         address,
-        rows=rows,
-        rejections=rejections,
+        rows=sorted(chain.from_iterable(growth.closed.values()), key=lambda row: (row.source, row.index)),
+        rejections=sorted(growth.rejections, key=lambda item: (item.source, item.index)),
         fingerprint=name,
         parents={"model": space.model_id, "task": space.task.digest},
-        details={"template_hash": space.chat.template_hash, "output_tokens": num_tokens},
+        details=details | ({"stopped": growth.stopped} if growth.stopped else {}),
     )
-    seconds = time.monotonic() - started
-    log({"synthesize/seconds": seconds}, len(rows) + len(rejections))
+    log({"synthesize/seconds": time.monotonic() - started}, num_rows + len(growth.rejections))
     return read_pool(address)
 
 
+def account(cost: Cost, num_rows: int, engine: EngineConfig | None) -> dict[str, float]:
+    """Return the ledger of a pool: what was spent, rejected rows included, in all and for each row.
+
+    `device_seconds` are the engine's times the GPUs of a replica, or its CPUs where it has none; unknown,
+    and left out, where nothing was generated.
+    """
+    ledger = {name: float(value) for name, value in asdict(cost).items()}
+    if engine is not None:
+        num_devices = engine.num_gpus_per_replica or engine.num_cpus_per_replica
+        ledger["device_seconds"] = cost.engine_seconds * num_devices
+    return ledger | {f"{name}_per_row": value / max(1, num_rows) for name, value in ledger.items()}
+
+
+def _generate(
+    config: PoolConfig,
+    space: Workspace,
+    sources: Sequence[SourceConfig],
+    growth: _Growth,
+    *,
+    engine: EngineConfig | None,
+    allowed_modules: tuple[str, ...],
+) -> Generator[Batch, None, None]:
+    """Yield the candidates of one round: imported ones, then those that the engine writes."""
+    size = config.synthesize.chunk_size
+    for source in sources:
+        if source.rows is not None:
+            yield from read_imported(source, size=size)
+    written = tuple(source for source in sources if source.rows is None)
+    if not written:
+        return
+    tokens = dict(space.chat.token_ids)
+    feed = {name for source in written for name in source.feeds_on}
+    dialogue = Dialogue(
+        sources=written,
+        sampling=config.synthesize.sampling,
+        model=written[0].model or space.model,
+        task_tokens={} if written[0].model else tokens,  # another model has no rows for them
+        tokens=tuple(tokens),
+        seed_tasks=space.task.rows_by_split["train"],
+        long_instruction=space.task.long_instruction,
+        closed={name: growth.closed[name] for name in feed},
+        allowed_modules=allowed_modules,
+    )
+    batches = synthesize(dialogue, chunk_size=size, engine=engine, address=space.address("candidates", ""))
+    with closing(batches):
+        yield from batches
+
+
 def _accept(
-    config: PoolConfig, space: Workspace, candidates: Iterable[list[Candidate]], log: LogMetrics
-) -> tuple[list[Row], list[Rejection]]:
-    """Feed candidates to a curator a source until every source has its rows; both in (source, index) order."""
+    config: PoolConfig,
+    space: Workspace,
+    sources: Sequence[SourceConfig],
+    batches: Iterator[Batch],
+    growth: _Growth,
+    *,
+    log: LogMetrics,
+) -> None:
+    """Feed a round's candidates to a curator a source until every source has ended; close them."""
     splits = space.task.rows_by_split
-    targets = {source.name: source.num_rows for source in config.synthesize.sources}
     held_out = [*splits["dev"], *splits["test"]]
+    rules = {source.name: StopRule(config.stop, num_rows=source.num_rows) for source in sources}
     curators = {
-        name: Curator(config.curate, eval_rows=held_out, train_rows=splits["train"]) for name in targets
+        name: Curator(config.curate, eval_rows=held_out, train_rows=splits["train"]) for name in rules
     }
-    rows: list[Row] = []
-    rejections: list[Rejection] = []
-    num_tokens = 0
-    for chunk in candidates:
-        source = chunk[0].source
-        for result in curators[source].feed(chunk, target=targets[source]):
-            num_tokens += result.num_output_tokens
-            if isinstance(result, Row):
-                rows.append(result)
+    rows: dict[str, list[Row]] = {name: [] for name in rules}
+    for batch in batches:
+        growth.cost += batch.cost
+        rule = rules[batch.source]
+        for decided in () if rule.reason else curators[batch.source].feed(batch.candidates):
+            rule.count(decided)
+            if isinstance(decided, Row):
+                rows[batch.source].append(decided)
             else:
-                rejections.append(result)
-        num_seen = len(rows) + len(rejections)
+                growth.rejections.append(decided)
+            if rule.reason:
+                break
+        num_accepted = growth.num_accepted + sum(map(len, rows.values()))
+        num_seen = num_accepted + len(growth.rejections)
         log(
             {
                 "synthesize/candidates": num_seen,
-                "synthesize/accepted": len(rows),
-                "synthesize/rejected": len(rejections),
-                "synthesize/output_tokens": num_tokens,
+                "synthesize/accepted": num_accepted,
+                "synthesize/rejected": len(growth.rejections),
+                "synthesize/prompt_tokens": growth.cost.prompt_tokens,
+                "synthesize/output_tokens": growth.cost.output_tokens,
+                "synthesize/engine_seconds": growth.cost.engine_seconds,
+                "synthesize/new_share": rule.new_share,
             },
             num_seen,
         )
-        if all(curators[name].num_accepted >= target for name, target in targets.items()):
+        if all(item.reason for item in rules.values()):
             break
-    for source, target in targets.items():
-        if curators[source].num_accepted < target:
-            reasons = Counter(item.reason for item in rejections if item.source == source)
-            raise PoolError(
-                f"source {source!r} gave {curators[source].num_accepted} of {target} rows before its"
-                f" candidates ran out (rejected: {dict(reasons)}); raise max_candidates, loosen curate, or"
-                " ask for fewer rows"
+    for source in sources:
+        rule = rules[source.name]
+        _check_supply(source, rule, growth.rejections)
+        growth.closed[source.name] = tuple(rows[source.name])
+        if rule.reason != ENOUGH_ROWS:
+            growth.stopped[source.name] = (
+                f"{rule.reason}: {rule.num_accepted} of {source.num_rows} rows, {rule.num_output_tokens} output"
+                f" tokens, {rule.new_share:.2f} of the last instructions new"
             )
-    rows.sort(key=lambda row: (row.source, row.index))
-    rejections.sort(key=lambda item: (item.source, item.index))
-    return rows, rejections
+
+
+def _check_supply(source: SourceConfig, rule: StopRule, rejections: Sequence[Rejection]) -> None:
+    """Refuse a source that ended without reason, or with nothing.
+
+    Raises:
+        PoolError: With what it gave, and why not more.
+    """
+    if rule.reason and rule.num_accepted:
+        return
+    reasons = Counter(item.reason for item in rejections if item.source == source.name)
+    end = f"the stop rule {rule.reason!r} ended it" if rule.reason else "its candidates ran out"
+    raise PoolError(
+        f"source {source.name!r} gave {rule.num_accepted} of {source.num_rows} rows before {end}"
+        f" (rejected: {dict(reasons)}); raise max_candidates, loosen curate or stop, or ask for fewer rows"
+    )

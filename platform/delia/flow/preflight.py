@@ -5,6 +5,8 @@ metrics known?  every task row and prompt short enough?  pool large enough for e
 
 from collections.abc import Mapping
 
+from delia.chat import load_chat
+from delia.config import build_method
 from delia.errors import ConfigError
 from delia.evaluate.harness import EvaluateConfig
 from delia.evaluate.scoring import METRICS
@@ -15,10 +17,12 @@ from delia.generate.engine import EngineConfig
 from delia.metrics import score_name
 from delia.mix.mixture import MixConfig, count_rows
 from delia.schema import Message, Split, Task
+from delia.store.models import resolve_model
+from delia.store.tasks import read_task
 
 
 def check_settings(task: Task, arms: Mapping[str, ArmConfig], pool: PoolConfig | None) -> None:
-    """Check what needs no model: metrics and suites, stages, ratios.
+    """Check what needs no model of the task's: metrics and suites, stages, ratios, sources.
 
     Raises:
         ConfigError: See the single checks.
@@ -26,6 +30,24 @@ def check_settings(task: Task, arms: Mapping[str, ArmConfig], pool: PoolConfig |
     check_metrics(task)
     check_stages(task, arms)
     check_ratios(pool, arms, num_task_rows=len(task.rows_by_split["train"]))
+    check_sources(pool)
+
+
+def check_sources(pool: PoolConfig | None) -> None:
+    """Refuse a source whose method, file or model is not there; a round may be hours away.
+
+    A method outside `delia.methods` is found only when the job, which knows what is allowed, begins.
+
+    Raises:
+        ConfigError, TaskFileError, ChatError: With what is wrong.
+    """
+    for source in pool.synthesize.sources if pool else ():
+        if source.rows is not None:
+            read_task(source.rows)
+        if source.model is not None:
+            load_chat(str(resolve_model(source.model)), chat_template=source.model.chat_template)
+        if source.synthesizer is not None and source.synthesizer.method.startswith("delia.methods."):
+            build_method(source.synthesizer)
 
 
 def check_rows(

@@ -25,6 +25,7 @@ from delia.flow.trial import ArmConfig, plan_arm, train_arms
 from delia.flow.workspace import Workspace, connect
 from delia.schema import Split
 from delia.store.pools import Pool
+from delia.synthesize.sources import SourceConfig
 
 Say = Callable[[str], None]
 TEST: Split = "test"
@@ -186,20 +187,21 @@ def _answer_by_other(config: ReproduceConfig, other: AdaptConfig, space: Workspa
     other_space = open_job(other)
     plan = _Plan(config=other.baselines["plain"], pool=None, space=other_space)
     address = _train(config, {"foreign model": plan}, (0,), say)["foreign model/0"]
-    sources = tuple(
-        source.model_copy(
-            update={
-                "synthesizer": source.synthesizer.model_copy(
-                    update={"knobs": {**source.synthesizer.knobs, "answered_by": address}}
-                )
-            }
-        )
-        for source in recipe.pool.synthesize.sources
-    )
+    sources = tuple(_let_answer(source, address) for source in recipe.pool.synthesize.sources)
     synthesize = recipe.pool.synthesize.model_copy(update={"sources": sources})
     engine = recipe.engine.model_copy(update={"lora_rank": 16})
     pool_config = recipe.pool.model_copy(update={"synthesize": synthesize})
     return build_pool(pool_config, space, engine=engine, log=lambda metrics, step: None)
+
+
+def _let_answer(source: SourceConfig, adapter: str) -> SourceConfig:
+    """Return the source with an adapter in the place of the base where it answers."""
+    if source.synthesizer is None:
+        raise ConfigError(
+            f"source {source.name!r} is a file of rows: nobody answers there; give it a synthesizer"
+        )
+    knobs = {**source.synthesizer.knobs, "answered_by": adapter}
+    return source.model_copy(update={"synthesizer": source.synthesizer.model_copy(update={"knobs": knobs})})
 
 
 def _use_one_wording(space: Workspace) -> Workspace:

@@ -8,24 +8,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from pydantic import Field
+
 from delia.config import FrozenConfig
 from delia.store.models import ModelConfig
+
+PROMPT_TOO_LONG = "prompt_too_long"
+ENGINE_FAULT = "engine_fault"
+FAULTS = frozenset((PROMPT_TOO_LONG, ENGINE_FAULT))
+"""Why a request was not answered: no room in the context, or the engine died of it again and again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One prompt. `adapter` is the address of an adapter directory, or empty for the base model."""
+    """One prompt.
+
+    `adapter` is the address of an adapter directory, or empty for the base model. `temperature` and
+    `max_tokens` take the place of the stage's sampling for this request. With `json_schema`, a JSON
+    schema as text, the engine's grammar admits no other answer; one that is cut may still be unfinished.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     seed: int = 0
     adapter: str = ""
+    temperature: float | None = None
+    max_tokens: int | None = None
+    json_schema: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
     """One answer; `finish_reason` is `stop` or `length`; the end token is not in `token_ids`.
 
+    A request that was not answered has `finish_reason` in `FAULTS`, no tokens, and `error` says why.
     `logprobs` run parallel to `token_ids`, in nats, for greedy requests; sampled ones have none.
     """
 
@@ -34,6 +50,7 @@ class Completion:
     finish_reason: str
     num_prompt_tokens: int = 0
     logprobs: tuple[float, ...] = ()
+    error: str = ""
 
 
 class SamplingConfig(FrozenConfig):
@@ -44,10 +61,23 @@ class SamplingConfig(FrozenConfig):
     max_tokens: int = 256
 
 
+class ScriptedConfig(FrozenConfig):
+    """How the scripted engine misbehaves, for fault tests.
+
+    It ends its process at a prompt that holds `fatal_id`, and takes `seconds_per_request`.
+    """
+
+    fatal_id: int | None = None
+    seconds_per_request: float = 0.0
+
+
 class EngineConfig(FrozenConfig):
     """Which engine runs on how many replicas, and what one replica takes.
 
-    `lora_rank` is the largest rank that requests may bring, None where none has an adapter.
+    `max_concurrent_batches` of `batch_size` requests are in one engine at a time, so that it has work
+    while the last answers of a batch come in. `lora_rank` is the largest rank that requests may bring,
+    None where none has an adapter. `max_quarantined` requests may be given up because the engine dies
+    of them; one more ends the job.
     """
 
     kind: Literal["vllm", "scripted"] = "vllm"
@@ -58,20 +88,41 @@ class EngineConfig(FrozenConfig):
     max_model_len: int = 512
     max_num_seqs: int = 256
     batch_size: int = 256
+    max_concurrent_batches: int = Field(default=2, gt=0)
+    max_quarantined: int = Field(default=16, ge=0)
     lora_rank: int | None = None
     max_loras: int = 4
     gpu_memory_utilization: float = 0.9
     cpu_kv_cache_gib: int = 1
+    scripted: ScriptedConfig = ScriptedConfig()
 
 
 class Engine(Protocol):
-    """Anything that answers requests in their order."""
+    """Anything that answers requests in their order; several threads may ask at a time."""
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingConfig, *, end_ids: Sequence[int]
     ) -> list[Completion]:
         """Return one completion a request, in order."""
         ...
+
+
+def apply_overrides(sampling: SamplingConfig, request: Request) -> SamplingConfig:
+    """Return the stage's sampling with what the request says instead."""
+    own = {"temperature": request.temperature, "max_tokens": request.max_tokens}
+    return sampling.model_copy(update={name: value for name, value in own.items() if value is not None})
+
+
+def refuse_long(request: Request, max_model_len: int) -> Completion:
+    """Return the completion of a prompt that leaves no room for an answer."""
+    num_ids = len(request.prompt_ids)
+    return Completion(
+        request_id=request.request_id,
+        token_ids=(),
+        finish_reason=PROMPT_TOO_LONG,
+        num_prompt_tokens=num_ids,
+        error=f"the prompt has {num_ids} ids, engine.max_model_len={max_model_len} leaves no room",
+    )
 
 
 def build_engine(model: ModelConfig, config: EngineConfig) -> Engine:

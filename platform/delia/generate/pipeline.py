@@ -1,15 +1,18 @@
-"""Requests -> completions on Ray Data: one vLLM engine a replica, spread over the nodes.
+"""Blocks -> results on Ray Data: one vLLM engine a replica, spread over the nodes.
 
-    requests --from_arrow, a block a batch--> map_batches(EngineActor) --> completions, as they finish
+    blocks --from_arrow--> map_batches(EngineActor: a Script asks the engine) --> results, as they finish
 
-Replicas are Ray Data actors; Ray restarts a lost one and runs its batch again. Because each request
-carries its own seed, text does not depend on the number of replicas or on the order. A `FollowUp`
-turns completions into a second turn inside the actor, so that an instruction and its answer cost
-one engine start.
+Replicas are Ray Data actors; Ray restarts a lost one and runs its blocks again, and `attempts` gives up
+what kills one time after time. Because each request carries its own seed, text does not depend on the
+number of replicas or on the order.
 """
 
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +22,8 @@ import ray.data
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from delia.errors import DeliaError, EngineError
-from delia.generate.engine import Completion, EngineConfig, Request, SamplingConfig, build_engine
+from delia.generate.attempts import Ask, AttemptLog, CarefulEngine
+from delia.generate.engine import FAULTS, Completion, EngineConfig, Request, SamplingConfig, build_engine
 from delia.store.models import ModelConfig
 
 SCHEMA = pa.schema(
@@ -28,20 +32,28 @@ SCHEMA = pa.schema(
         ("prompt_ids", pa.list_(pa.int32())),
         ("seed", pa.int64()),
         ("adapter", pa.string()),
+        ("temperature", pa.float64()),
+        ("max_tokens", pa.int64()),
+        ("json_schema", pa.string()),
     ]
 )
+"""The columns of a block of requests."""
+ENGINE_SECONDS = "engine_seconds"
 
 
-class FollowUp(Protocol):
-    """Makes the second turn's request from the first turn's completion, or None to leave it."""
+class Script(Protocol):
+    """What a replica does with one block; it may ask its engine any number of times.
 
-    def __call__(self, completion: Completion) -> Request | None:
-        """Return the next request; it must keep the request id."""
+    It is sent to every replica, and must give the same table for the same block and the same answers.
+    """
+
+    def __call__(self, block: pa.Table, ask: Ask) -> pa.Table:
+        """Return the block's result; `ask` answers requests in their order."""
         ...
 
 
 class EngineActor:
-    """One replica: holds an engine for the life of the stage."""
+    """One replica: holds an engine for the life of the stage; several blocks are in it at a time."""
 
     def __init__(
         self,
@@ -49,38 +61,74 @@ class EngineActor:
         config: EngineConfig,
         sampling: SamplingConfig,
         end_ids: tuple[int, ...],
-        follow_up: FollowUp | None = None,
+        script: Script,
+        attempts: Any,
     ) -> None:
         """Start the engine; Ray calls this once a replica."""
-        self._sampling = sampling
-        self._end_ids = end_ids
-        self._follow_up = follow_up
-        self._engine = build_engine(model, config)
+        engine = build_engine(model, config)
+        generate = partial(engine.generate, sampling=sampling, end_ids=end_ids)
+        self._script = script
+        self._clock = BusyClock()
+        self._engine = CarefulEngine(generate, attempts, num_callers=config.max_concurrent_batches)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Answer one batch: columns of `SCHEMA` -> columns of a completion, a row a turn."""
-        requests = [Request(**row, prompt_ids=tuple(ids)) for row, ids in _split_ids(batch)]
-        completions = self._answer(requests)
-        turns = [(completion, 1) for completion in completions]
-        if self._follow_up is not None:
-            replies = [self._follow_up(completion) for completion in completions]
-            second = self._answer([reply for reply in replies if reply is not None])
-            turns += [(completion, 2) for completion in second]
-        return pa.table(
-            {
-                "request_id": [item.request_id for item, _ in turns],
-                "turn": pa.array([turn for _, turn in turns], pa.int8()),
-                "token_ids": pa.array([list(item.token_ids) for item, _ in turns], pa.list_(pa.int32())),
-                "finish_reason": [item.finish_reason for item, _ in turns],
-                "num_prompt_tokens": pa.array([item.num_prompt_tokens for item, _ in turns], pa.int32()),
-                "logprobs": pa.array([list(item.logprobs) for item, _ in turns], pa.list_(pa.float32())),
-            }
-        )
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Run the script on a block; `engine_seconds` is added, the block's part of the engine's time."""
+        table = self._script(block, self._ask)
+        seconds = self._clock.take() / max(1, table.num_rows)
+        return table.append_column(ENGINE_SECONDS, pa.array([seconds] * table.num_rows, pa.float64()))
 
-    def _answer(self, requests: list[Request]) -> list[Completion]:
-        if not requests:
-            return []
-        return self._engine.generate(requests, self._sampling, end_ids=self._end_ids)
+    def _ask(self, requests: Sequence[Request]) -> list[Completion]:
+        with self._clock.running():
+            return self._engine.ask(requests)
+
+
+class BusyClock:
+    """Seconds in which at least one caller is inside, whatever their number."""
+
+    def __init__(self) -> None:
+        """Start at zero, with nobody inside."""
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._since = self._seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the time until the block is left."""
+        with self._lock:
+            if self._num_inside == 0:
+                self._since = time.monotonic()
+            self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_inside -= 1
+                if self._num_inside == 0:
+                    self._seconds += time.monotonic() - self._since
+
+    def take(self) -> float:
+        """Return the seconds since the last call, those of a run that goes on included."""
+        with self._lock:
+            if self._num_inside:
+                now = time.monotonic()
+                self._seconds, self._since = self._seconds + now - self._since, now
+            seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def answer_requests(block: pa.Table, ask: Ask) -> pa.Table:
+    """Answer a block of requests once each: the plainest script."""
+    completions = ask([Request(**row, prompt_ids=tuple(ids)) for row, ids in _split_ids(block)])
+    return pa.table(
+        {
+            "request_id": [item.request_id for item in completions],
+            "token_ids": pa.array([list(item.token_ids) for item in completions], pa.list_(pa.int32())),
+            "finish_reason": [item.finish_reason for item in completions],
+            "num_prompt_tokens": pa.array([item.num_prompt_tokens for item in completions], pa.int32()),
+            "logprobs": pa.array([list(item.logprobs) for item in completions], pa.list_(pa.float32())),
+            "error": [item.error for item in completions],
+        }
+    )
 
 
 def _split_ids(batch: pa.Table) -> Iterator[tuple[dict[str, Any], list[int]]]:
@@ -88,53 +136,71 @@ def _split_ids(batch: pa.Table) -> Iterator[tuple[dict[str, Any], list[int]]]:
     return zip(rest, batch.column("prompt_ids").to_pylist(), strict=True)
 
 
-def _to_table(requests: Sequence[Request]) -> pa.Table:
-    return pa.table(
-        {
-            "request_id": [request.request_id for request in requests],
-            "prompt_ids": [np.asarray(request.prompt_ids, np.int32) for request in requests],
-            "seed": [request.seed for request in requests],
-            "adapter": [request.adapter for request in requests],
-        },
-        schema=SCHEMA,
-    )
+def to_blocks(requests: Sequence[Request], size: int) -> list[pa.Table]:
+    """Cut requests into tables of at most `size` rows, for `answer_requests`.
+
+    Raises:
+        ValueError: Two requests have one id.
+    """
+    if len({request.request_id for request in requests}) != len(requests):
+        raise ValueError("request ids must be distinct")
+    names = [name for name in SCHEMA.names if name != "prompt_ids"]
+    return [
+        pa.table(
+            {
+                "prompt_ids": [np.asarray(request.prompt_ids, np.int32) for request in part],
+                **{name: [getattr(request, name) for request in part] for name in names},
+            },
+            schema=SCHEMA,
+        )
+        for part in (requests[start : start + size] for start in range(0, len(requests), size))
+    ]
 
 
-def stream_completions(
-    requests: Sequence[Request],
+def run_script(
+    script: Script,
+    blocks: Sequence[pa.Table],
     *,
     model: ModelConfig,
     engine: EngineConfig,
     sampling: SamplingConfig,
     end_ids: Sequence[int],
-    follow_up: FollowUp | None = None,
 ) -> Iterator[pa.Table]:
-    """Yield tables of completions, a batch each, in the order in which batches finish.
+    """Run a script on every block, each on one of the replicas; yield results as blocks are done.
 
-    A batch holds both turns of its requests. Stop reading to stop the stage: what is not in flight
-    is never generated, and the engines are freed.
+    Replicas that are lost are restarted, and their blocks run again. Stop reading to stop the work.
+
+    Args:
+        script: What is done with a block.
+        blocks: Tables without empty ones among them.
+        model: The model that the engines serve.
+        engine: Kind and number of replicas.
+        sampling: How tokens are drawn where a request does not say.
+        end_ids: Tokens that end an answer.
 
     Raises:
-        ValueError: Two requests have one id.
-        EngineError: An engine can't start, or refuses an adapter that it would die of.
-        DeliaError: What the follow-up raised.
+        EngineError: An engine can't start, fails on everything, or refuses an adapter that it would die of.
+        DeliaError: What the script raised.
     """
-    if not requests:
+    if not blocks:
         return
-    if len({request.request_id for request in requests}) != len(requests):
-        raise ValueError("request ids must be distinct")
-    size = engine.batch_size
-    blocks = [_to_table(requests[i : i + size]) for i in range(0, len(requests), size)]
-    replicas = min(engine.num_replicas, len(blocks))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
-    dataset = ray.data.from_arrow(blocks).map_batches(
+    log_class: Any = ray.remote(AttemptLog)
+    attempts = log_class.options(num_cpus=0, max_restarts=-1).remote(max_quarantined=engine.max_quarantined)
+    num_concurrent = engine.max_concurrent_batches
+    dataset = ray.data.from_arrow(list(blocks)).map_batches(
         EngineActor,
-        fn_constructor_args=(model, engine, sampling, tuple(end_ids), follow_up),
+        fn_constructor_args=(model, engine, sampling, tuple(end_ids), script, attempts),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=replicas),
+        compute=ray.data.ActorPoolStrategy(
+            size=min(engine.num_replicas, len(blocks)),
+            max_tasks_in_flight_per_actor=2 * num_concurrent,
+            max_concurrent_calls_per_actor=num_concurrent,
+            enable_true_multi_threading=True,
+        ),
         num_cpus=engine.num_cpus_per_replica,
         num_gpus=engine.num_gpus_per_replica or None,
         runtime_env={"env_vars": worker_environment()},
@@ -148,23 +214,24 @@ def stream_completions(
     except ActorDiedError as error:
         reason = str(error).strip().rpartition("\n")[2]
         raise EngineError(f"an engine could not start, or died for good: {reason}") from error
+    finally:
+        ray.kill(attempts)
 
 
-def to_completions(table: pa.Table) -> list[tuple[int, Completion]]:
-    """Return (turn, completion) for each row of a table of completions."""
-    return [
-        (
-            row["turn"],
-            Completion(
-                request_id=row["request_id"],
-                token_ids=tuple(row["token_ids"]),
-                finish_reason=row["finish_reason"],
-                num_prompt_tokens=row["num_prompt_tokens"],
-                logprobs=tuple(row["logprobs"]),
-            ),
-        )
-        for row in table.to_pylist()
-    ]
+def to_completions(table: pa.Table) -> list[Completion]:
+    """Return the completions in a result of `answer_requests`.
+
+    Raises:
+        EngineError: A request was given up, or its prompt leaves no room for an answer.
+    """
+    completions = []
+    for row in table.to_pylist():
+        row.pop(ENGINE_SECONDS, None)
+        fields = {**row, "token_ids": tuple(row["token_ids"]), "logprobs": tuple(row["logprobs"])}
+        completions.append(Completion(**fields))
+        if row["finish_reason"] in FAULTS:
+            raise EngineError(f"request {row['request_id']} was not answered: {row['error']}")
+    return completions
 
 
 def worker_environment() -> dict[str, str]:

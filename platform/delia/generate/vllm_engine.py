@@ -1,19 +1,36 @@
 """vLLM in this process: the engine on CPU (its CPU build) and on GPU alike.
 
-One in-process engine with the `uni` executor, or tensor parallel inside the node by setting. vLLM's
-own engine seed is 0, so requests without a seed would repeat each other on every replica: each has one.
+One in-process engine with the `uni` executor, or tensor parallel inside the node by setting. One thread
+steps it; batches of several callers are in it at a time, so it has work while the last answers of a batch
+come in. vLLM's own engine seed is 0, so requests without a seed would repeat each other on every
+replica: each has one.
 """
 
+import itertools
+import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from functools import lru_cache
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-from delia.errors import EngineError
-from delia.generate.engine import Completion, EngineConfig, Request, SamplingConfig
+from delia.errors import EngineDiedError, EngineError
+from delia.generate.engine import (
+    ENGINE_FAULT,
+    Completion,
+    EngineConfig,
+    Request,
+    SamplingConfig,
+    apply_overrides,
+    refuse_long,
+)
 from delia.store.adapters import check_servable, fetch_adapter
 from delia.store.models import ModelConfig, resolve_model
 
+logger = logging.getLogger(__name__)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The LoRA ranks that vLLM 0.32 accepts as `max_lora_rank`."""
 
@@ -38,6 +55,23 @@ def _served_rank(rank: int) -> int:
     return allowed[0]
 
 
+@lru_cache
+def check_schema(schema: str) -> None:
+    """Refuse a JSON schema of which no grammar can be made: vLLM finds out as it steps, and dies.
+
+    Raises:
+        EngineError: With the reason.
+    """
+    import xgrammar
+
+    try:
+        xgrammar.Grammar.from_json_schema(schema)
+    except RuntimeError as error:
+        raise EngineError(
+            f"json_schema {schema[:200]!r} makes no grammar: {error}; mend the schema"
+        ) from error
+
+
 class VllmEngine:
     """One vLLM engine; see `delia.generate.engine.Engine`."""
 
@@ -55,6 +89,9 @@ class VllmEngine:
                 "max_lora_rank": _served_rank(config.lora_rank),
             }
         on_gpu = config.num_gpus_per_replica > 0
+        self._max_model_len = config.max_model_len
+        self._numbers = itertools.count()
+        self._inbox: SimpleQueue[_Batch] = SimpleQueue()
         self._llm = vllm.LLM(
             model=str(resolve_model(model)),
             dtype=model.dtype,  # type: ignore[arg-type]  # checked by vLLM itself
@@ -69,33 +106,75 @@ class VllmEngine:
             enable_chunked_prefill=on_gpu,
             **lora,
         )
+        threading.Thread(target=self._serve, name="vllm", daemon=True).start()
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingConfig, *, end_ids: Sequence[int]
     ) -> list[Completion]:
-        """Return one completion a request, in order."""
-        from vllm import SamplingParams
+        """Return one completion a request, in order; what vLLM would die of is refused before it sees it."""
+        for schema in {request.json_schema for request in requests} - {""}:
+            check_schema(schema)
+        batch = _Batch(
+            requests=tuple(requests),
+            sampling=sampling,
+            end_ids=tuple(end_ids),
+            loras=[self._lora_request(request.adapter) for request in requests],
+        )
+        self._inbox.put(batch)
+        return batch.result.result()
+
+    def _serve(self) -> None:
+        """Add what has come, step, hand out what is finished; the only thread that touches the engine."""
+        engine = self._llm.llm_engine
+        waiting: dict[str, tuple[_Batch, int]] = {}
+        open_batches: list[_Batch] = []
+        try:
+            while True:
+                while not self._inbox.empty() or not waiting:
+                    batch = self._inbox.get()
+                    open_batches.append(batch)
+                    waiting |= {number: (batch, place) for number, place in self._submit(batch)}
+                    batch.settle()
+                for output in engine.step():
+                    batch, place = waiting.pop(output.request_id)
+                    batch.answer(place, output)
+                open_batches = [batch for batch in open_batches if not batch.settle()]
+        except Exception as error:  # an engine that failed once is not to be trusted again
+            logger.exception("vLLM failed")
+            failure = EngineDiedError(f"vLLM failed: {error!r}")
+            for batch in open_batches:
+                if not batch.result.done():
+                    batch.result.set_exception(failure)
+            while True:
+                self._inbox.get().result.set_exception(failure)
+
+    def _submit(self, batch: "_Batch") -> Iterator[tuple[str, int]]:
+        """Add a batch's requests; yield the engine's name and the place of each that has room."""
+        from vllm.exceptions import VLLMValidationError
         from vllm.inputs import TokensPrompt
 
-        prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
-        params = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_tokens,
-                seed=request.seed if sampling.temperature > 0 else None,
-                stop_token_ids=list(end_ids),
-                detokenize=False,
-                logprobs=0 if sampling.temperature == 0 else None,  # 0 more than the chosen token's own
-            )
-            for request in requests
-        ]
-        adapters = [self._lora_request(request.adapter) for request in requests]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
-        return [
-            _to_completion(request, output.outputs[0], end_ids=frozenset(end_ids))
-            for request, output in zip(requests, outputs, strict=True)
-        ]
+        for place, request in enumerate(batch.requests):
+            if len(request.prompt_ids) >= self._max_model_len:
+                batch.completions[place] = refuse_long(request, self._max_model_len)
+                continue
+            number = str(next(self._numbers))
+            try:
+                self._llm.llm_engine.add_request(
+                    number,
+                    TokensPrompt(prompt_token_ids=list(request.prompt_ids)),
+                    _to_params(request, batch.sampling, batch.end_ids),
+                    lora_request=batch.loras[place],
+                )
+            except (ValueError, VLLMValidationError) as error:  # of this request; the engine is whole
+                batch.completions[place] = Completion(
+                    request_id=request.request_id,
+                    token_ids=(),
+                    finish_reason=ENGINE_FAULT,
+                    num_prompt_tokens=len(request.prompt_ids),
+                    error=str(error),
+                )
+                continue
+            yield number, place
 
     def _lora_request(self, address: str):  # type: ignore[no-untyped-def]  # vLLM's type, imported late
         if not address:
@@ -108,6 +187,50 @@ class VllmEngine:
             self._adapter_ids[address] = len(self._adapter_ids) + 1
         number = self._adapter_ids[address]
         return LoRARequest(f"adapter-{number}", number, str(Path(fetch_adapter(address))))
+
+
+class _Batch:
+    """What one caller asked for; settled once every place is filled."""
+
+    def __init__(
+        self,
+        *,
+        requests: tuple[Request, ...],
+        sampling: SamplingConfig,
+        end_ids: tuple[int, ...],
+        loras: list[Any],
+    ) -> None:
+        self.requests, self.sampling, self.end_ids, self.loras = requests, sampling, end_ids, loras
+        self.completions: list[Completion | None] = [None] * len(requests)
+        self.result: Future[list[Completion]] = Future()
+
+    def answer(self, place: int, output) -> None:  # type: ignore[no-untyped-def]  # vLLM's type, imported late
+        ends = frozenset(self.end_ids)
+        self.completions[place] = _to_completion(self.requests[place], output.outputs[0], end_ids=ends)
+
+    def settle(self) -> bool:
+        if not self.result.done() and None not in self.completions:
+            self.result.set_result([item for item in self.completions if item is not None])
+        return self.result.done()
+
+
+def _to_params(request: Request, stage: SamplingConfig, end_ids: Sequence[int]):  # type: ignore[no-untyped-def]
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    sampling = apply_overrides(stage, request)
+    schema = request.json_schema
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_tokens,
+        seed=request.seed if sampling.temperature > 0 else None,
+        stop_token_ids=list(end_ids),
+        detokenize=False,
+        logprobs=0 if sampling.temperature == 0 else None,  # 0 more than the chosen token's own
+        structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def _to_completion(request: Request, output, *, end_ids: frozenset[int]) -> Completion:  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ from delia.model.adapted import LoraConfig, TokenInit
 from delia.search.space import SearchConfig
 from delia.store.models import ModelConfig
 from delia.store.tasks import TaskConfig
-from delia.synthesize.pipeline import SourceConfig, SynthesizeConfig
+from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 from delia.train.settings import StageConfig, TrainConfig
 
 STARTER = ModelConfig(path="package://delia.starter/weights")

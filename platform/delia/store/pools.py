@@ -1,7 +1,7 @@
 """Pools and batches of candidates on storage.
 
     pool/  rows.parquet  rejected.parquet  manifest.json     write_pool, read_pool, read_rejections
-    parts/NAME.parquet  rows and rejections of one chunk     write_candidates, read_candidates
+    parts/NAME.parquet  rows and rejections of one chunk     to_candidate_table, from_candidate_table
 
 A pool's root is the Merkle root over its rows' leaves in the order (source, index); it is computed again
 whenever a pool is read, so a changed text is seen.
@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as compute
 
 from delia.errors import StoreError
 from delia.schema import Message, Rejection, Row
@@ -59,6 +60,14 @@ REJECTION_SCHEMA = pa.schema(
 )
 CANDIDATE_SCHEMA = pa.unify_schemas([ROW_SCHEMA, REJECTION_SCHEMA])
 """A row has no `reason`; a rejection has one, and no `messages`."""
+COST_SCHEMA = pa.schema(
+    [
+        ("spent_prompt_tokens", pa.int64()),
+        ("spent_output_tokens", pa.int64()),
+        ("engine_seconds", pa.float64()),
+    ]
+)
+"""What a candidate cost in all its turns; stands beside it, and is no part of what it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,21 +105,47 @@ def _read_rows(records: Iterable[Mapping[str, Any]], *, address: str) -> tuple[R
     return tuple(rows)
 
 
-def write_candidates(address: str, candidates: Sequence[Candidate]) -> None:
-    """Write one chunk of candidates, in their order, to one Parquet file: whole or not at all."""
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What was spent; candidates that were rejected or never looked at are in it too."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    engine_seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        """Return both together."""
+        return Cost(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+            engine_seconds=self.engine_seconds + other.engine_seconds,
+        )
+
+
+def to_candidate_table(candidates: Sequence[Candidate]) -> pa.Table:
+    """Return candidates as columns of `CANDIDATE_SCHEMA`, in their order."""
     records = [_to_record(candidate) for candidate in candidates]
-    write_table(address, pa.Table.from_pylist(records, schema=CANDIDATE_SCHEMA))
+    return pa.Table.from_pylist(records, schema=CANDIDATE_SCHEMA)
 
 
-def read_candidates(address: str) -> list[Candidate]:
-    """Read a chunk of candidates in the order in which it was written.
+def from_candidate_table(table: pa.Table, *, address: str = "") -> list[Candidate]:
+    """Return the candidates of a table, in its order.
 
     Raises:
-        StoreError: No such file, or a row's content was changed.
+        StoreError: A row's content was changed; `address` says where.
     """
-    records = read_table(address).to_pylist()
+    records = table.to_pylist()
     rows = iter(_read_rows((item for item in records if item["reason"] is None), address=address))
     return [next(rows) if item["reason"] is None else _to_rejection(item) for item in records]
+
+
+def sum_cost(table: pa.Table) -> Cost:
+    """Return what the candidates of a table cost; nothing where its columns are missing."""
+    sums = [
+        compute.sum(table[name]).as_py() or 0 if name in table.column_names else 0
+        for name in COST_SCHEMA.names
+    ]
+    return Cost(prompt_tokens=int(sums[0]), output_tokens=int(sums[1]), engine_seconds=float(sums[2]))
 
 
 def write_pool(  # a pool's two tables and the three fields of its manifest

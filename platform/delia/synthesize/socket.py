@@ -1,10 +1,10 @@
 """The `Synthesizer` socket: how a method makes candidates, one at a time, from an index.
 
-    open(index) -> first request;  reply(first completion) -> second request or None
-    close(completions) -> Row | Rejection
+    method(context, index, completions so far) -> Request for the next turn | Row | Rejection
 
-A method sees its context and an index, never the clock, the order or other candidates, so a
-candidate is the same on any replica and after any restart.
+A method sees its context, an index and what the engine said to it, never the clock, the order or other
+candidates of its round, so a candidate is the same on any replica and after any restart. What it may feed
+on, `closed`, are accepted rows of sources that are finished.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from typing import Protocol
 from delia.chat import ChatEncoder
 from delia.generate.engine import Completion, Request
 from delia.rng import derive_seed, hash_text
-from delia.schema import Messages, Rejection, Row, SeedTask
+from delia.schema import Message, Messages, Rejection, Row, SeedTask
 
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesisContext:
-    """What a method may use: the chat format, the task's train rows and its token."""
+    """What a method may use: the chat format, the task's train rows and token, rows of closed rounds."""
 
     source: str
     recipe: str
@@ -27,32 +27,66 @@ class SynthesisContext:
     seed_tasks: tuple[SeedTask, ...]
     token: str
     long_instruction: str
+    closed: tuple[Row, ...] = ()
 
     def row_id(self, index: int) -> str:
         """Return a candidate's id: the recipe's hash and its index."""
         return hash_text(self.recipe, str(index))
 
     def request(self, index: int, prompt_ids: Sequence[int], *, turn: str) -> Request:
-        """Build a request whose sampling seed comes from the candidate's id and the turn."""
+        """Build a request whose sampling seed comes from the candidate's id and the turn's name."""
         return Request(
             request_id=f"{self.source}:{index}",
             prompt_ids=tuple(prompt_ids),
             seed=derive_seed(self.row_id(index), turn),
         )
 
-    def row(self, index: int, messages: Messages, completions: Sequence[Completion]) -> Row:
-        """Build a row whose last completion is its answer."""
+    def ask(self, index: int, messages: Messages, *, turn: str) -> Request:
+        """Build a request for the assistant's turn after `messages`."""
+        return self.request(index, self.chat.encode_prompt(messages), turn=turn)
+
+    def mask(self, text: str, stand_in: str) -> str:
+        """Return a text with a word in the place of the task's token, which no model knows yet."""
+        return text.replace(self.token, stand_in) if self.token else text
+
+    def list_chats(self) -> list[Messages]:
+        """Return what a method that feeds on rows reads: the closed rounds, or the task's rows without them."""
+        if self.closed:
+            return [row.messages for row in self.closed]
+        return [task.messages for task in self.seed_tasks if task.reference is not None]
+
+    def say(self, completion: Completion) -> str:
+        """Return a completion's text."""
+        return self.chat.decode(completion.token_ids)
+
+    def row(
+        self,
+        index: int,
+        messages: Messages,
+        completions: Sequence[Completion],
+        *,
+        answer: Completion | None = None,
+    ) -> Row:
+        """Build a row that ends in an answer of the engine.
+
+        Args:
+            index: The candidate's.
+            messages: What is answered.
+            completions: All turns of the candidate; their tokens are its cost.
+            answer: Which of them answers; None is the last.
+        """
+        chosen = answer or completions[-1]
         return Row(
             row_id=self.row_id(index),
             index=index,
             source=self.source,
-            messages=messages,
-            finish_reason=completions[-1].finish_reason,
-            num_prompt_tokens=completions[-1].num_prompt_tokens,
+            messages=(*messages, Message(role="assistant", content=self.say(chosen))),
+            finish_reason=chosen.finish_reason,
+            num_prompt_tokens=chosen.num_prompt_tokens,
             num_output_tokens=sum(len(item.token_ids) for item in completions),
         )
 
-    def reject(self, index: int, reason: str, text: str, completions: Sequence[Completion]) -> Rejection:
+    def reject(self, index: int, reason: str, text: str, completions: Sequence[Completion] = ()) -> Rejection:
         """Build a rejection by the method itself."""
         return Rejection(
             row_id=self.row_id(index),
@@ -64,22 +98,17 @@ class SynthesisContext:
         )
 
 
-def read_index(completion: Completion) -> int:
-    """Return the candidate's index from its request id."""
-    return int(completion.request_id.rpartition(":")[2])
-
-
 class Synthesizer(Protocol):
     """A method of synthesis; a frozen value whose fields are its knobs."""
 
-    def open(self, context: SynthesisContext, index: int) -> Request:
-        """Return the first request of a candidate."""
-        ...
+    def __call__(
+        self, context: SynthesisContext, index: int, completions: Sequence[Completion]
+    ) -> Request | Row | Rejection:
+        """Return the next turn's request, or what became of the candidate.
 
-    def reply(self, context: SynthesisContext, completion: Completion) -> Request | None:
-        """Return the second request, None where the first completion ends the candidate."""
-        ...
-
-    def close(self, context: SynthesisContext, completions: Sequence[Completion]) -> Row | Rejection:
-        """Turn one or two completions into a row, or say why there is none."""
+        Args:
+            context: What all candidates of the source share.
+            index: The candidate's, from 0.
+            completions: The answers to this candidate's requests so far; none at first.
+        """
         ...

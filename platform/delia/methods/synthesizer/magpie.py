@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from delia.generate.engine import Completion, Request
 from delia.schema import Message, Messages, Rejection, Row
-from delia.synthesize.socket import SynthesisContext, read_index
+from delia.synthesize.socket import SynthesisContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,27 +25,20 @@ class Magpie:
     system: str | None = None
     answered_by: str = ""
 
-    def open(self, context: SynthesisContext, index: int) -> Request:
-        """Prompt with the user prefix."""
-        return context.request(index, context.chat.encode_user_prefix(self.system), turn="instruction")
-
-    def reply(self, context: SynthesisContext, completion: Completion) -> Request | None:
-        """Ask for the answer, unless no whole instruction was written."""
-        text = context.chat.decode(completion.token_ids)
-        if not text or completion.finish_reason != "stop":
-            return None
-        prompt = context.chat.encode_prompt((*self._system(), Message(role="user", content=text)))
-        request = context.request(read_index(completion), prompt, turn="answer")
-        return dataclasses.replace(request, adapter=self.answered_by)
-
-    def close(self, context: SynthesisContext, completions: Sequence[Completion]) -> Row | Rejection:
-        """Keep instruction and answer."""
-        index, text = read_index(completions[0]), context.chat.decode(completions[0].token_ids)
-        if len(completions) == 1:
+    def __call__(
+        self, context: SynthesisContext, index: int, completions: Sequence[Completion]
+    ) -> Request | Row | Rejection:
+        """Let the user's turn be written, then answer it."""
+        if not completions:
+            return context.request(index, context.chat.encode_user_prefix(self.system), turn="instruction")
+        text = context.say(completions[0])
+        if not text or completions[0].finish_reason != "stop":
             return context.reject(index, "unfinished" if text else "no_instruction", text, completions)
-        answer = context.chat.decode(completions[1].token_ids)
-        turns = (Message(role="user", content=text), Message(role="assistant", content=answer))
-        return context.row(index, (*self._system(), *turns), completions)
+        prompt = (*self._system(), Message(role="user", content=text))
+        if len(completions) == 1:
+            request = context.ask(index, prompt, turn="answer")
+            return dataclasses.replace(request, adapter=self.answered_by)
+        return context.row(index, prompt, completions)
 
     def _system(self) -> Messages:
         return (Message(role="system", content=self.system),) if self.system else ()

@@ -5,12 +5,13 @@ https://arxiv.org/abs/2408.10841 (who wrote them is not known). The model does n
 so `stand_in` takes its place while the model rewrites and the token is put back where it stood.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from delia.generate.engine import Completion, Request
 from delia.schema import Message, Rejection, Row, SeedTask
-from delia.synthesize.socket import SynthesisContext, read_index
+from delia.synthesize.socket import SynthesisContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,23 +21,17 @@ class Rewriting:
     request: str = "Say this in other words: {instruction}"
     stand_in: str = "JSON"
 
-    def open(self, context: SynthesisContext, index: int) -> Request:
-        """Ask for another wording of the instruction of one train row."""
+    def __call__(
+        self, context: SynthesisContext, index: int, completions: Sequence[Completion]
+    ) -> Request | Row | Rejection:
+        """Ask for another wording of one train row's instruction, and put it in the old one's place."""
         seed_task = context.seed_tasks[index % len(context.seed_tasks)]
         wording = _find_wording(seed_task)
-        masked = wording.replace(context.token, self.stand_in) if context.token else wording
-        prompt = (Message(role="user", content=self.request.format(instruction=masked)),)
-        return context.request(index, context.chat.encode_prompt(prompt), turn="rewriting")
-
-    def reply(self, context: SynthesisContext, completion: Completion) -> Request | None:
-        """One turn is all."""
-        return None
-
-    def close(self, context: SynthesisContext, completions: Sequence[Completion]) -> Row | Rejection:
-        """Put the new wording in the place of the old one."""
-        index, text = read_index(completions[0]), context.chat.decode(completions[0].token_ids)
-        seed_task = context.seed_tasks[index % len(context.seed_tasks)]
-        last, wording = seed_task.prompt[-1].content, _find_wording(seed_task)
+        if not completions:
+            masked = wording.replace(context.token, self.stand_in) if context.token else wording
+            question = Message(role="user", content=self.request.format(instruction=masked))
+            return context.ask(index, (question,), turn="rewriting")
+        text = context.say(completions[0])
         if not text:
             return context.reject(index, "no_instruction", text, completions)
         if context.token and context.token in wording:
@@ -45,9 +40,10 @@ class Rewriting:
             text = text.replace(self.stand_in, context.token)
         if text == wording:
             return context.reject(index, "unchanged", text, completions)
-        question = Message(role="user", content=last.replace(wording, text))
+        question = Message(role="user", content=seed_task.prompt[-1].content.replace(wording, text))
         answer = Message(role="assistant", content=seed_task.reference or "")
-        return context.row(index, (*seed_task.prompt[:-1], question, answer), completions)
+        row = context.row(index, (), completions)
+        return dataclasses.replace(row, messages=(*seed_task.prompt[:-1], question, answer))
 
 
 def _find_wording(seed_task: SeedTask) -> str:

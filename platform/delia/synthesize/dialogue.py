@@ -1,0 +1,133 @@
+"""What a replica does with a chunk: open every candidate, answer it turn by turn, close it.
+
+(source, start, stop) --method, engine, method, ...--> candidates with what each cost
+"""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from delia.chat import ChatEncoder, load_chat
+from delia.config import build_method, fingerprint
+from delia.errors import ConfigError, PoolError
+from delia.generate.attempts import Ask
+from delia.generate.engine import FAULTS, Completion, Request, SamplingConfig
+from delia.rng import hash_text
+from delia.schema import Row, SeedTask, hash_messages
+from delia.store.models import ModelConfig, identify_model, resolve_model
+from delia.store.pools import COST_SCHEMA, Candidate, to_candidate_table
+from delia.synthesize.socket import SynthesisContext, Synthesizer
+from delia.synthesize.sources import SourceConfig
+
+_ONE_THREAD = threading.Lock()
+"""A replica works on several chunks; templates and tokenizers of `transformers` serve one thread at a time."""
+
+MAX_TURNS = 16
+"""No method needs more; one that never closes a candidate would run for ever."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialogue:
+    """The methods of a round's sources, rebuilt on each replica from what can be sent there.
+
+    `task_tokens` are those that the model has rows for, `tokens` those that the task declares.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    sampling: SamplingConfig
+    model: ModelConfig
+    task_tokens: dict[str, int] = field(default_factory=dict)
+    tokens: tuple[str, ...] = ()
+    seed_tasks: tuple[SeedTask, ...] = ()
+    long_instruction: str = ""
+    closed: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
+    allowed_modules: tuple[str, ...] = ()
+    _parts: dict[str, tuple[Synthesizer, SynthesisContext]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave tokenizers and methods behind; each process builds its own."""
+        return {**self.__dict__, "_parts": {}}
+
+    def part(self, source: str) -> tuple[Synthesizer, SynthesisContext]:
+        """Return a source's method and context."""
+        if not self._parts:
+            chat = load_chat(
+                str(resolve_model(self.model)),
+                chat_template=self.model.chat_template,
+                task_tokens=self.task_tokens,
+            )
+            self._parts.update({item.name: self._build_part(item, chat) for item in self.sources})
+        return self._parts[source]
+
+    def _build_part(self, source: SourceConfig, chat: ChatEncoder) -> tuple[Synthesizer, SynthesisContext]:
+        if source.synthesizer is None:
+            raise ConfigError(f"source {source.name!r} has no synthesizer")
+        closed = tuple(row for name in source.feeds_on for row in self.closed[name])
+        contents = ((row.task_id, row.phrasing, hash_messages(row.messages)) for row in self.seed_tasks)
+        texts = [self.long_instruction, *(text for content in contents for text in content)]
+        if closed:
+            texts.append(hash_text(*(row.leaf for row in closed)))
+        context = SynthesisContext(
+            source=source.name,
+            recipe=fingerprint(
+                source.synthesizer,
+                self.sampling,
+                identify_model(self.model),
+                chat.template_hash,
+                hash_text(*texts),
+            ),
+            chat=chat,
+            seed_tasks=self.seed_tasks,
+            token=next(iter(self.tokens), ""),
+            long_instruction=self.long_instruction,
+            closed=closed,
+        )
+        return build_method(source.synthesizer, allowed_modules=self.allowed_modules), context
+
+    def __call__(self, block: pa.Table, ask: Ask) -> pa.Table:
+        """Make the candidates of one chunk.
+
+        Raises:
+            PoolError: The method asked for more than `MAX_TURNS` turns.
+        """
+        (chunk,) = block.to_pylist()
+        with _ONE_THREAD:
+            method, context = self.part(chunk["source"])
+        indices = range(chunk["start"], chunk["stop"])
+        said: dict[int, list[Completion]] = {index: [] for index in indices}
+        closed: dict[int, Candidate] = {}
+        for _ in range(MAX_TURNS + 1):
+            requests: dict[int, Request] = {}
+            with _ONE_THREAD:
+                for index in indices:
+                    if index not in closed:
+                        step = method(context, index, said[index])
+                        if isinstance(step, Request):
+                            requests[index] = step
+                        else:
+                            closed[index] = step
+            if not requests:
+                return _to_table([closed[index] for index in indices], [said[index] for index in indices])
+            answers = ask(list(requests.values()))
+            for index, answer in zip(requests, answers, strict=True):
+                said[index].append(answer)
+                if answer.finish_reason in FAULTS:
+                    closed[index] = context.reject(index, answer.finish_reason, answer.error, said[index])
+        raise PoolError(
+            f"source {chunk['source']!r}: {type(method).__name__} asked for more than {MAX_TURNS} turns of one"
+            " candidate; a method must close its candidates"
+        )
+
+
+def _to_table(candidates: list[Candidate], said: list[list[Completion]]) -> pa.Table:
+    """Return candidates beside the tokens of all their turns."""
+    table = to_candidate_table(candidates)
+    spent = (
+        [sum(answer.num_prompt_tokens for answer in answers) for answers in said],
+        [sum(len(answer.token_ids) for answer in answers) for answers in said],
+    )
+    for name, values in zip(COST_SCHEMA.names, spent, strict=False):
+        table = table.append_column(name, pa.array(values, pa.int64()))
+    return table

@@ -1,0 +1,108 @@
+"""What kills an engine is cornered and given up; the process that dies is played by an exception."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from delia.errors import EngineError
+from delia.generate.attempts import MAX_DEATHS_IN_A_ROW, MAX_SINGLE, AttemptLog, CarefulEngine
+from delia.generate.engine import ENGINE_FAULT, Completion, Request
+
+REQUESTS = [Request(request_id=f"r{place}", prompt_ids=(place,)) for place in range(16)]
+
+
+class ProcessDiedError(Exception):
+    """The process that held the engine is gone."""
+
+
+class LocalLog:
+    """An `AttemptLog` that is called as an actor is, and survives the process that calls it."""
+
+    def __init__(self, **settings: int) -> None:
+        self._log = AttemptLog(**settings)
+
+    def __getattr__(self, name: str):
+        method = getattr(self._log, name)
+        return type("Method", (), {"remote": staticmethod(lambda *args: method(*args))})
+
+
+@pytest.fixture(autouse=True)
+def without_ray(monkeypatch):
+    monkeypatch.setattr("delia.generate.attempts.ray.get", lambda value: value)
+
+
+def run(requests: list[Request], killers: set[str], *, max_quarantined: int = 16):
+    """Ask again in a new process, as Ray does, until a whole batch is answered."""
+    log, batches = LocalLog(max_quarantined=max_quarantined), []
+
+    def generate(asked: Sequence[Request]) -> list[Completion]:
+        batches.append([item.request_id for item in asked])
+        if killers & set(batches[-1]):
+            raise ProcessDiedError
+        return [
+            Completion(request_id=item.request_id, token_ids=item.prompt_ids, finish_reason="stop")
+            for item in asked
+        ]
+
+    for _ in range(200):
+        try:
+            return CarefulEngine(generate, log, num_callers=2).ask(requests), batches
+        except ProcessDiedError:
+            continue
+    raise AssertionError("it never ended")
+
+
+def test_a_batch_that_kills_nothing_is_asked_once():
+    answers, batches = run(REQUESTS, set())
+    assert [item.token_ids for item in answers] == [item.prompt_ids for item in REQUESTS]
+    assert len(batches) == 1
+
+
+@pytest.mark.parametrize("killer", ["r0", "r7", "r15"])
+def test_the_request_that_kills_is_given_up_and_the_others_are_answered_in_their_order(killer):
+    answers, batches = run(REQUESTS, {killer})
+
+    assert [item.request_id for item in answers] == [item.request_id for item in REQUESTS]
+    (given_up,) = [item for item in answers if item.finish_reason == ENGINE_FAULT]
+    assert given_up.request_id == killer
+    assert given_up.error == f"the engine died of it {MAX_SINGLE} times: its process died"
+    assert batches.count([killer]) == MAX_SINGLE
+
+
+def test_several_killers_are_found_in_one_batch():
+    answers, _ = run(REQUESTS, {"r1", "r2", "r9"})
+    assert {item.request_id for item in answers if item.finish_reason == ENGINE_FAULT} == {"r1", "r2", "r9"}
+
+
+def test_the_largest_batch_is_cornered_before_the_engine_counts_as_broken():
+    many = [Request(request_id=f"r{place}", prompt_ids=(place,)) for place in range(4096)]
+    answers, _ = run(many, {"r0"})
+    assert [item.request_id for item in answers if item.finish_reason == ENGINE_FAULT] == ["r0"]
+
+
+def test_an_accident_quarantines_nothing():
+    """A process that is killed from outside, at any batch, twice: the same requests succeed later."""
+    log, deaths = LocalLog(max_quarantined=0), iter((True, True))
+
+    def generate(asked: Sequence[Request]) -> list[Completion]:
+        if next(deaths, False):
+            raise ProcessDiedError
+        return [Completion(request_id=item.request_id, token_ids=(), finish_reason="stop") for item in asked]
+
+    for _ in range(2):
+        with pytest.raises(ProcessDiedError):
+            CarefulEngine(generate, log, num_callers=1).ask(REQUESTS)
+    answers = CarefulEngine(generate, log, num_callers=1).ask(REQUESTS)
+    assert {item.finish_reason for item in answers} == {"stop"}
+
+
+def test_more_killers_than_allowed_end_the_job():
+    with pytest.raises(EngineError, match=r"died of 2 requests, engine\.max_quarantined=1"):
+        run(REQUESTS, {"r3", "r12"}, max_quarantined=1)
+
+
+def test_an_engine_that_answers_nothing_ends_the_job_soon():
+    everything = [Request(request_id=f"r{place}", prompt_ids=(place,)) for place in range(1 << 16)]
+    with pytest.raises(EngineError, match=r"died \d+ times in a row and answered nothing"):
+        run(everything, {item.request_id for item in everything})
+    assert MAX_DEATHS_IN_A_ROW >= 20
