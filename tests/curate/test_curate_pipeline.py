@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from delia.curate.dedup import make_shingles, measure_jaccard
-from delia.curate.pipeline import MAX_REJECTED_TEXT, Candidate, CurateConfig, Curator
+from delia.curate.pipeline import Candidate, CurateConfig, Curator
+from delia.curate.rejection import MAX_REJECTED_TEXT
 from delia.schema import Message, Rejection, Row, SeedTask
 
 HELD_OUT = SeedTask(task_id="t0", messages=(Message(role="user", content="a b c d"),))
