@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 
 from delia.config import FrozenConfig, fingerprint
-from delia.curate.pipeline import CurateConfig, Curator
+from delia.curate.pipeline import CurateConfig
 from delia.errors import PoolError
+from delia.flow.curation import Curation, open_curation
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
 from delia.schema import Rejection, Row
@@ -61,6 +62,8 @@ def build_pool(
     if is_finished(address):
         return read_pool(address)
     started = time.monotonic()
+    num_rows = {source.name: source.num_rows for source in config.synthesize.sources}
+    curation = open_curation(config.curate, space, num_rows=num_rows, allowed_modules=allowed_modules)
     candidates = synthesize(
         config.synthesize,
         model=space.model,
@@ -71,32 +74,29 @@ def build_pool(
         allowed_modules=allowed_modules,
     )
     with closing(candidates):
-        rows, rejections = _accept(config, space, candidates, log)
+        rows, rejections = _accept(curation, candidates, log)
     num_tokens = sum(row.num_output_tokens for row in rows)
     num_tokens += sum(rejection.num_output_tokens for rejection in rejections)
+    details, metrics = curation.describe(rows)
+    curation.score(address, rows)
     write_pool(
         address,
         rows=rows,
         rejections=rejections,
         fingerprint=name,
         parents={"model": space.model_id, "task": space.task.digest},
-        details={"template_hash": space.chat.template_hash, "output_tokens": num_tokens},
+        details={"template_hash": space.chat.template_hash, "output_tokens": num_tokens, **details},
     )
     seconds = time.monotonic() - started
-    log({"synthesize/seconds": seconds}, len(rows) + len(rejections))
+    log({"synthesize/seconds": seconds, **metrics}, len(rows) + len(rejections))
     return read_pool(address)
 
 
 def _accept(
-    config: PoolConfig, space: Workspace, candidates: Iterable[list[Candidate]], log: LogMetrics
+    curation: Curation, candidates: Iterable[list[Candidate]], log: LogMetrics
 ) -> tuple[list[Row], list[Rejection]]:
     """Feed candidates to a curator a source until every source has its rows; both in (source, index) order."""
-    splits = space.task.rows_by_split
-    targets = {source.name: source.num_rows for source in config.synthesize.sources}
-    held_out = [*splits["dev"], *splits["test"]]
-    curators = {
-        name: Curator(config.curate, eval_rows=held_out, train_rows=splits["train"]) for name in targets
-    }
+    curators, targets = curation.curators, curation.targets
     rows: list[Row] = []
     rejections: list[Rejection] = []
     num_tokens = 0
@@ -115,6 +115,7 @@ def _accept(
                 "synthesize/accepted": len(rows),
                 "synthesize/rejected": len(rejections),
                 "synthesize/output_tokens": num_tokens,
+                "curate/new_unique_rate": curation.measure_new_unique_rate(),
             },
             num_seen,
         )
@@ -128,6 +129,8 @@ def _accept(
                 f" candidates ran out (rejected: {dict(reasons)}); raise max_candidates, loosen curate, or"
                 " ask for fewer rows"
             )
+    rows, dropped = curation.select(rows)
+    rejections += dropped
     rows.sort(key=lambda row: (row.source, row.index))
     rejections.sort(key=lambda item: (item.source, item.index))
     return rows, rejections
