@@ -100,12 +100,12 @@ def test_a_name_that_is_no_directory_is_refused_with_what_is_allowed(chat: ChatE
 
 
 def test_a_missing_package_is_named_with_the_way_out(
-    chat: ChatEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chat: ChatEncoder, sentence_transformer: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
 
     with pytest.raises(ConfigError, match=r"needs sentence-transformers, .* `pip install\s+delia\[embed\]`"):
-        load_embedder(str(tmp_path), model=STARTER, chat=chat)
+        load_embedder(sentence_transformer, model=STARTER, chat=chat)
 
 
 def test_a_directory_without_a_model_is_refused(chat: ChatEncoder, tmp_path: Path):

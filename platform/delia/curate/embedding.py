@@ -8,6 +8,7 @@ Every vector is a function of its text alone, up to the last bits of a float. Mo
 machine that curates: where the base has billions of parameters, take a sentence-transformers model.
 """
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,9 @@ def load_embedder(name: str, *, model: ModelConfig, chat: ChatEncoder) -> Embedd
         chat: Its chat format.
 
     Raises:
-        ConfigError: No such directory, or sentence-transformers is not installed.
+        ConfigError: See `check_embedder`.
     """
+    check_embedder(name)
     if name == HASHED:
         return embed_hashed
     if name == BASE:
@@ -83,24 +85,34 @@ def _embed_with_base(config: ModelConfig, chat: ChatEncoder) -> Embedder:
     return embed
 
 
-def _embed_with_sentence_transformer(path: str) -> Embedder:
-    if not Path(path).is_dir():
+def check_embedder(name: str) -> None:
+    """Refuse an embedder that can't be loaded, without loading it.
+
+    Raises:
+        ConfigError: No such directory, no model in it, or sentence-transformers is not installed.
+    """
+    if name in (HASHED, BASE):
+        return
+    if not Path(name).is_dir():
         raise ConfigError(
             f"curate.embedder is {HASHED!r}, {BASE!r} or the directory of a sentence-transformers model, got"
-            f" {path!r}, which is no directory; download the model first"
+            f" {name!r}, which is no directory; download the model first"
         )
-    try:
-        from sentence_transformers import SentenceTransformer  # late: an optional package
-    except ImportError as error:
+    if not (Path(name) / "modules.json").is_file():
         raise ConfigError(
-            f"curate.embedder={path!r} needs sentence-transformers, which is not installed; run `pip install"
-            f" delia[embed]`, or set curate.embedder to {BASE!r}"
-        ) from error
-    if not (Path(path) / "modules.json").is_file():
-        raise ConfigError(
-            f"curate.embedder={path!r} is no sentence-transformers model: it has no modules.json; save one"
+            f"curate.embedder={name!r} is no sentence-transformers model: it has no modules.json; save one"
             " there with SentenceTransformer.save"
         )
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ConfigError(
+            f"curate.embedder={name!r} needs sentence-transformers, which is not installed; run `pip install"
+            f" delia[embed]`, or set curate.embedder to {BASE!r}"
+        )
+
+
+def _embed_with_sentence_transformer(path: str) -> Embedder:
+    from sentence_transformers import SentenceTransformer  # late: an optional package
+
     loaded = SentenceTransformer(path, device="cpu", local_files_only=True, trust_remote_code=False)
 
     def embed(texts: Sequence[str]) -> Vectors:

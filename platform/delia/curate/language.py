@@ -28,6 +28,8 @@ def find_languages(codes: tuple[str, ...]) -> frozenset[Any]:
     Raises:
         ConfigError: A code that lingua does not know, with those that it does.
     """
+    if not codes:
+        return frozenset()
     from lingua import Language  # late: 96 MB of models, and few pools ask for a language
 
     by_code = {item.iso_code_639_1.name.lower(): item for item in Language.all()}

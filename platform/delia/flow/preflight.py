@@ -5,6 +5,8 @@ metrics known?  every task row and prompt short enough?  pool large enough for e
 
 from collections.abc import Mapping
 
+from delia.curate.embedding import check_embedder
+from delia.curate.language import find_languages
 from delia.errors import ConfigError
 from delia.evaluate.harness import EvaluateConfig
 from delia.evaluate.scoring import METRICS
@@ -18,7 +20,7 @@ from delia.schema import Message, Split, Task
 
 
 def check_settings(task: Task, arms: Mapping[str, ArmConfig], pool: PoolConfig | None) -> None:
-    """Check what needs no model: metrics and suites, stages, ratios.
+    """Check what needs no model: metrics and suites, stages, ratios, what curation names.
 
     Raises:
         ConfigError: See the single checks.
@@ -26,6 +28,9 @@ def check_settings(task: Task, arms: Mapping[str, ArmConfig], pool: PoolConfig |
     check_metrics(task)
     check_stages(task, arms)
     check_ratios(pool, arms, num_task_rows=len(task.rows_by_split["train"]))
+    if pool is not None:
+        check_embedder(pool.curate.embedder)
+        find_languages(pool.curate.languages or ())
 
 
 def check_rows(
