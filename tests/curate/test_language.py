@@ -30,6 +30,14 @@ def test_what_is_too_short_to_tell_is_kept(text: str):
     assert not is_foreign(text, ("en",))
 
 
+def test_a_text_that_may_be_in_a_near_relative_of_the_language_is_kept():
+    """The detector finds Danish likeliest (0.71), and Norwegian not impossible (0.19)."""
+    text = "Hvad hedder hovedstaden i Frankrig ?"
+
+    assert not is_foreign(text, ("nb",))
+    assert is_foreign(text, ("en",))
+
+
 def test_hundreds_of_short_english_questions_are_all_kept():
     rng = random.Random(3)
     texts = [draw_item(rng).prompt()[-1]["content"] for _ in range(300)]

@@ -72,6 +72,7 @@ def test_more_rows_than_there_are_is_an_error_and_not_a_smaller_choice(num_rows:
         (lambda ids: ids[:1], "got 1, of which 1 differ and 1 are known"),
         (lambda ids: ids[:3], "got 3, of which 3 differ and 3 are known"),
         (lambda ids: [ids[0], ids[0]], "got 2, of which 1 differ and 1 are known"),
+        (lambda ids: [ids[0], ids[1], ids[1]], "got 3, of which 2 differ and 2 are known"),
         (lambda ids: [ids[0], "x"], "got 2, of which 2 differ and 1 are known"),
     ],
 )

@@ -9,6 +9,7 @@ where `num_sampled` and `embedder` are equal. Answers never count.
 
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -148,7 +149,9 @@ def assign_clusters(vectors_ND: Vectors, num_clusters: int = NUM_CLUSTERS, *, se
     num_different = len(np.unique(vectors_ND, axis=0))
     num_clusters = max(1, min(num_clusters, num_different // 4))
     rng = np.random.default_rng(seed)
-    labels = kmeans2(vectors_ND.astype(np.float64), num_clusters, iter=20, minit="++", rng=rng)[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a cluster may end empty: then there are fewer
+        labels = kmeans2(vectors_ND.astype(np.float64), num_clusters, iter=20, minit="++", rng=rng)[1]
     return [int(label) for label in labels]
 
 

@@ -53,8 +53,5 @@ def is_foreign(text: str, codes: tuple[str, ...]) -> bool:
     """Tell whether a text is surely in a language other than those of the codes."""
     wanted = find_languages(codes)
     values = _build_detector().compute_language_confidence_values(text)
-    likeliest = values[0]
     in_wanted = sum(item.value for item in values if item.language in wanted)
-    return (
-        likeliest.language not in wanted and likeliest.value >= _FOREIGN_SHARE and in_wanted < _WANTED_SHARE
-    )
+    return values[0].value >= _FOREIGN_SHARE and in_wanted < _WANTED_SHARE
