@@ -176,13 +176,13 @@ def test_facility_location_takes_the_middle_of_a_crowd_first_and_k_center_its_ed
     assert FacilityLocation()(on_circle(-20, -10, 0, 10, 20, 100), num_rows=1, seed=0) == ["r2"]
 
 
-def test_facility_location_measures_more_rows_than_fit_one_block(monkeypatch):
-    module = "delia.methods.selector.facility_location._ROWS_AT_A_TIME"
+def test_facility_location_measures_any_number_of_gains_at_a_time(monkeypatch):
+    module = "delia.methods.selector.facility_location._GAINS_AT_A_TIME"
     vectors_ND = scale_to_unit(np.random.default_rng(2).standard_normal((50, 4)))
     columns = {"row_id": np.array([f"r{i}" for i in range(50)], dtype=object), "embedding": vectors_ND}
-    monkeypatch.setattr(module, 7)
-
-    assert FacilityLocation()(columns, num_rows=9, seed=0) == choose_by_hand(vectors_ND, 9)
+    for size in (1, 7):
+        monkeypatch.setattr(module, size)
+        assert FacilityLocation()(columns, num_rows=9, seed=0) == choose_by_hand(vectors_ND, 9)
 
 
 # ---- stratified

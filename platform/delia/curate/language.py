@@ -54,4 +54,4 @@ def is_foreign(text: str, codes: tuple[str, ...]) -> bool:
     wanted = find_languages(codes)
     values = _build_detector().compute_language_confidence_values(text)
     in_wanted = sum(item.value for item in values if item.language in wanted)
-    return values[0].value >= _FOREIGN_SHARE and in_wanted < _WANTED_SHARE
+    return bool(values[0].value >= _FOREIGN_SHARE and in_wanted < _WANTED_SHARE)

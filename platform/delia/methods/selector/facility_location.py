@@ -10,12 +10,14 @@ functions"). Unlike k-center it does not go for outliers.
 
 import heapq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from delia.curate.selection import Columns, find_column
 
-_ROWS_AT_A_TIME = 1024
+_GAINS_AT_A_TIME = 256
 _DIGITS = 5  # of a gain: two rows that cover each other gain equally but for the last bits of a float
 
 
@@ -23,8 +25,8 @@ _DIGITS = 5  # of a gain: two rows that cover each other gain equally but for th
 class FacilityLocation:
     """Lazy greedy; nothing is random, and of equal gains the first row's is taken.
 
-    Takes N^2 D products before the first choice and N D for each gain that is measured again, and memory
-    for 1024 x N similarities.
+    A gain costs N D products and is measured 256 rows at a time: all of them before the first choice, and
+    later those of the rows that may be next. Memory is N x 256 similarities.
     """
 
     column: str = "embedding"
@@ -33,25 +35,27 @@ class FacilityLocation:
         """Return ids in the order of choice: a smaller choice is the beginning of a larger one."""
         vectors_ND = find_column(columns, self.column)
         ids = columns["row_id"]
-        gains_N = np.concatenate(
-            [
-                np.maximum(vectors_ND @ vectors_ND[start : start + _ROWS_AT_A_TIME].T, 0).sum(
-                    0, dtype=np.float64
-                )
-                for start in range(0, len(ids), _ROWS_AT_A_TIME)
-            ]
-        )
-        covered_N = np.zeros(len(ids))
-        heap = [(-round(float(gain), _DIGITS), place, 0) for place, gain in enumerate(gains_N)]
-        heapq.heapify(heap)
+        covered_N = np.zeros(len(ids), dtype=np.float32)
+        heap = [(-np.inf, place, -1) for place in range(len(ids))]
         chosen: list[int] = []
         while len(chosen) < num_rows:
-            _, place, measured_at = heapq.heappop(heap)
-            similarity_N = np.maximum(vectors_ND @ vectors_ND[place], 0)
-            if measured_at < len(chosen):  # a gain only shrinks, so an old one is an upper bound
-                gain = float(np.maximum(similarity_N - covered_N, 0).sum())
-                heapq.heappush(heap, (-round(gain, _DIGITS), place, len(chosen)))
+            if heap[0][2] < len(chosen):  # a gain only shrinks, so an old one is an upper bound
+                places = [heapq.heappop(heap)[1] for _ in range(min(_GAINS_AT_A_TIME, len(heap)))]
+                gains = _measure_gains(vectors_ND, places, covered_N)
+                for place, gain in zip(places, gains, strict=True):
+                    heapq.heappush(heap, (-round(gain, _DIGITS), place, len(chosen)))
                 continue
-            covered_N = np.maximum(covered_N, similarity_N)
+            _, place, _ = heapq.heappop(heap)
+            covered_N = np.maximum(covered_N, vectors_ND @ vectors_ND[place])
             chosen.append(place)
         return [str(ids[place]) for place in chosen]
+
+
+def _measure_gains(
+    vectors_ND: NDArray[Any], places: list[int], covered_N: NDArray[np.float32]
+) -> list[float]:
+    """Return by how much the objective grows with each of the rows at `places`."""
+    gains_NP = vectors_ND @ vectors_ND[places].T
+    gains_NP -= covered_N[:, None]
+    gains: list[float] = np.maximum(gains_NP, 0).sum(0, dtype=np.float64).tolist()
+    return gains
