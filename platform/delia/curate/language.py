@@ -9,7 +9,7 @@ another language (a list of the chemical elements, for Latin).
 
 The detector compares all its languages, since one that knows the wanted ones alone calls everything one of
 them. It takes 1.1 GB of memory and seven seconds, once a process, and 0.5 ms a text. Its mode of low accuracy
-takes a tenth of the memory, and took one English sentence of 20-40 letters in nine for a foreign one.
+takes a tenth of the memory, and took one English sentence of 20-40 letters in eight for a foreign one.
 """
 
 from functools import cache
