@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from delia.curate.dedup import make_shingles, measure_jaccard
-from delia.curate.pipeline import MAX_REJECTED_TEXT, Candidate, CurateConfig, Curator
+from delia.curate.pipeline import Candidate, CurateConfig, Curator
+from delia.curate.rejection import MAX_REJECTED_TEXT
+from delia.curate.stopping import StopConfig, StopRule
 from delia.schema import Message, Rejection, Row, SeedTask
 
 HELD_OUT = SeedTask(task_id="t0", messages=(Message(role="user", content="a b c d"),))
@@ -64,16 +66,17 @@ def accept_by_hand(candidates: list[Candidate]) -> list[str]:
 
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=150)
-@given(candidates=candidate_lists(), cuts=st.lists(st.integers(0, 25)), target=st.none() | st.integers(0, 6))
+@given(candidates=candidate_lists(), cuts=st.lists(st.integers(0, 25)), target=st.none() | st.integers(1, 6))
 def test_any_cut_into_batches_gives_what_the_rules_say(
     candidates: list[Candidate], cuts: list[int], target: int | None
 ):
     places = [0, *sorted(min(cut, len(candidates)) for cut in cuts), len(candidates)]
     in_parts, at_once = (Curator(CONFIG, eval_rows=[HELD_OUT]) for _ in range(2))
-    parts = [in_parts.feed(candidates[start:stop], target=target) for start, stop in pairwise(places)]
+    rule, other = (target and StopRule(StopConfig(), num_rows=target) for _ in range(2))
+    parts = [in_parts.feed(candidates[start:stop], rule=rule) for start, stop in pairwise(places)]
     results = [item for part in parts for item in part]
 
-    assert results == at_once.feed(candidates, target=target)
+    assert results == at_once.feed(candidates, rule=other)
     assert accepted_ids(results) == accept_by_hand(candidates)[:target]
     assert in_parts.counts == Counter(item.reason for item in results if isinstance(item, Rejection))
     assert in_parts.num_accepted == len(accepted_ids(results))
@@ -153,20 +156,21 @@ def test_candidates_out_of_index_order_are_refused(second: int):
 
 
 def test_order_is_checked_past_the_target_too():
-    curator = Curator(CONFIG)
+    curator, rule = Curator(CONFIG), StopRule(StopConfig(), num_rows=1)
+    curator.feed([make_row(4, "one")], rule=rule)
 
-    assert curator.feed([make_row(5, "one")], target=0) == []
+    assert curator.feed([make_row(5, "two")], rule=rule) == []
     with pytest.raises(ValueError, match="got index 5 of 's' after 5"):
-        curator.feed([make_row(5, "one")], target=0)
+        curator.feed([make_row(5, "three")], rule=rule)
 
 
 def test_past_the_target_candidates_are_neither_rows_nor_rejections():
     """The second row is index 2; rejections before it are kept, those after it are not."""
     first: list[Candidate] = [make_rejection(0), make_row(1, "one"), make_row(2, "two")]
-    curator = Curator(CONFIG)
+    curator, rule = Curator(CONFIG), StopRule(StopConfig(), num_rows=2)
 
-    assert curator.feed([*first, make_rejection(3), make_row(4, "x")], target=2) == first
-    assert curator.feed([make_row(9, "nine")], target=2) == []
+    assert curator.feed([*first, make_rejection(3), make_row(4, "x")], rule=rule) == first
+    assert curator.feed([make_row(9, "nine")], rule=rule) == []
     assert (curator.num_accepted, curator.counts) == (2, {"no_answer": 1})
 
 

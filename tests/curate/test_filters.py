@@ -3,11 +3,14 @@
 from dataclasses import replace
 
 import pytest
+from pydantic import ValidationError
 
 from delia.curate.filters import (
     EMPTY,
     FILTERS,
     NO_INSTRUCTION,
+    OTHER_LANGUAGE,
+    REFUSAL,
     REPEATS_ITSELF,
     TOO_LONG,
     UNFINISHED,
@@ -77,7 +80,9 @@ def test_a_row_with_every_fault_is_rejected_in_the_order_of_the_table():
     assert find_fault(replace(row, finish_reason="stop"), CONFIG) == EMPTY
     assert find_fault(make_row(instruction="", lengths=(99, 99)), CONFIG) == NO_INSTRUCTION
     assert find_fault(make_row(lengths=(99, 99), answer=LOOP), CONFIG) == TOO_LONG
-    assert list(FILTERS) == ["unfinished", "empty", "no_instruction", "too_long", "repeats_itself"]
+    assert list(FILTERS) == [
+        "unfinished", "empty", "no_instruction", "too_long", "repeats_itself", "refusal", "other_language"
+    ]  # fmt: skip
 
 
 def test_a_limit_of_none_limits_nothing():
@@ -101,3 +106,30 @@ def test_a_limit_of_none_limits_nothing():
 )
 def test_repetition_is_the_share_of_words_in_4_grams_said_before(text: str, share: float):
     assert measure_repetition(text) == pytest.approx(share)
+
+
+def test_refusals_and_languages_are_kept_unless_settings_say_otherwise():
+    """By default the model's own refusals stay: without them answers are no longer its own distribution."""
+    refusal = make_row(answer="I'm sorry, but I can't help with that.")
+    foreign = make_row(answer="Der Fuchs jagt den Hasen durch den dunklen Wald.")
+
+    assert [find_fault(row, FilterConfig()) for row in (refusal, foreign)] == [None, None]
+    assert find_fault(refusal, FilterConfig(reject_refusals=True)) == REFUSAL
+    assert find_fault(foreign, FilterConfig(languages=("en",))) == OTHER_LANGUAGE
+
+
+def test_languages_are_asked_of_the_instruction_and_of_the_answer_apart():
+    german, english = "Der Fuchs jagt den Hasen durch den dunklen Wald.", "Say what the fox does in the wood."
+    config = FilterConfig(languages=("en",))
+
+    assert find_fault(make_row(instruction=german, answer=english), config) == OTHER_LANGUAGE
+    assert find_fault(make_row(instruction=english, answer=german), config) == OTHER_LANGUAGE
+    assert find_fault(make_row(instruction=english, answer=english), config) is None
+    assert (
+        find_fault(make_row(instruction=german, answer=english), FilterConfig(languages=("de", "en"))) is None
+    )
+
+
+def test_no_language_at_all_is_no_setting():
+    with pytest.raises(ValidationError, match="languages"):
+        FilterConfig(languages=())

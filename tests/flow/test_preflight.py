@@ -242,3 +242,23 @@ def test_a_job_is_refused_for_each_of_the_three(tmp_path):
     with pytest.raises(ConfigError, match="leaves 0"):
         open_job(recipe.model_copy(update={"evaluate": EvaluateConfig(max_tokens=512)}))
     assert not list(tmp_path.iterdir()), "work was done before the job was refused"
+
+
+# ---- what curation names
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"embedder": "no/such/model"}, "curate.embedder is .* no directory"),
+        ({"languages": ("xx",)}, "ISO 639-1"),
+    ],
+)
+def test_an_embedder_or_a_language_that_there_is_not_is_refused(setting, reason):
+    recipe = starter_sep()
+    assert recipe.pool is not None
+    curate = recipe.pool.curate.model_copy(update=setting)
+    pool = recipe.pool.model_copy(update={"curate": curate})
+
+    with pytest.raises(ConfigError, match=reason):
+        open_job(recipe.model_copy(update={"pool": pool}))

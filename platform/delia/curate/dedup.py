@@ -66,25 +66,44 @@ class SeenInstructions:
         self._ngram = ngram
         self._number_by_text: dict[str, int] = {}
         self._texts: list[str] = []
+        self._latest: tuple[str | None, RMinHash] = (None, None)
         self._index: RMinHashLSH | None = None
         if threshold is not None:
             num_bands = choose_num_bands(threshold=threshold, num_perm=num_perm)
             self._index = RMinHashLSH(threshold=threshold, num_perm=num_perm, num_bands=num_bands)
 
-    def admit(self, instruction: str) -> str | None:
-        """Return why an instruction is refused, or remember it and return None."""
+    def compare(self, instruction: str) -> str | None:
+        """Return why an instruction is refused, or None; nothing is remembered."""
         text = normalise(instruction)
         if text in self._number_by_text:
             return DUPLICATE
-        if self._index is not None and self._threshold is not None:
-            shingles = make_shingles(text, self._ngram)
-            sketch = RMinHash(num_perm=self._num_perm, seed=_MINHASH_SEED)
-            sketch.update(list(shingles))
-            for number in self._index.query(sketch):  # shingles are made again: sets would fill the memory
-                other = make_shingles(self._texts[number], self._ngram)
-                if measure_jaccard(shingles, other) >= self._threshold:
-                    return NEAR_DUPLICATE
-            self._index.insert(len(self._texts), sketch)
+        if self._index is None or self._threshold is None:
+            return None
+        shingles = make_shingles(text, self._ngram)
+        for number in self._index.query(self._sketch(text)):
+            # shingles are made again: sets would fill the memory
+            if measure_jaccard(shingles, make_shingles(self._texts[number], self._ngram)) >= self._threshold:
+                return NEAR_DUPLICATE
+        return None
+
+    def remember(self, instruction: str) -> None:
+        """Accept an instruction that `compare` let pass."""
+        text = normalise(instruction)
+        if self._index is not None:
+            self._index.insert(len(self._texts), self._sketch(text))
         self._number_by_text[text] = len(self._texts)
         self._texts.append(text)
-        return None
+
+    def admit(self, instruction: str) -> str | None:
+        """Return why an instruction is refused, or remember it and return None."""
+        reason = self.compare(instruction)
+        if reason is None:
+            self.remember(instruction)
+        return reason
+
+    def _sketch(self, text: str) -> RMinHash:
+        if self._latest[0] != text:  # `remember` mostly follows `compare` of the same text
+            sketch = RMinHash(num_perm=self._num_perm, seed=_MINHASH_SEED)
+            sketch.update(list(make_shingles(text, self._ngram)))
+            self._latest = (text, sketch)
+        return self._latest[1]

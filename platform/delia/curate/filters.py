@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pydantic import Field
 
 from delia.config import FrozenConfig
+from delia.curate.language import is_foreign
 from delia.curate.ngrams import list_ngrams
+from delia.curate.refusals import opens_with_refusal
 from delia.schema import Row
 
 UNFINISHED = "unfinished"
@@ -17,6 +19,8 @@ EMPTY = "empty"
 NO_INSTRUCTION = "no_instruction"
 TOO_LONG = "too_long"
 REPEATS_ITSELF = "repeats_itself"
+REFUSAL = "refusal"
+OTHER_LANGUAGE = "other_language"
 
 _REPEAT_NGRAM = 4
 
@@ -26,11 +30,20 @@ class FilterConfig(FrozenConfig):
 
     `max_repeated_share` bounds `measure_repetition` of the answer. At 0.5 an answer may say all of its
     text twice, but not three times.
+
+    `reject_refusals` is off by default: answers that a model samples itself at T=1 hold its own refusals on
+    purpose, since without them the answers are no longer its own distribution (and tuning unlearns them).
+
+    `languages` are ISO 639-1 codes ("en", "de") of those that a row may be written in. User turns and
+    answer are judged apart, so a translation into a language that is not named goes too; texts too short
+    to tell are kept (see `curate.language`).
     """
 
     max_prompt_tokens: int | None = Field(default=1024, gt=0)
     max_output_tokens: int | None = Field(default=1024, gt=0)
     max_repeated_share: float | None = Field(default=0.5, ge=0, le=1)
+    reject_refusals: bool = False
+    languages: tuple[str, ...] | None = Field(default=None, min_length=1)
 
 
 def measure_repetition(text: str) -> float:
@@ -75,12 +88,28 @@ def _repeats_itself(row: Row, config: FilterConfig) -> bool:
     return limit is not None and measure_repetition(row.messages[-1].content) > limit
 
 
+def _refuses(row: Row, config: FilterConfig) -> bool:
+    return config.reject_refusals and opens_with_refusal(row.messages[-1].content)
+
+
+def _is_in_other_language(row: Row, config: FilterConfig) -> bool:
+    if config.languages is None:
+        return False
+    texts = (
+        "\n".join(item.content for item in row.messages if item.role == "user"),
+        row.messages[-1].content,
+    )
+    return any(is_foreign(text, config.languages) for text in texts)
+
+
 FILTERS: dict[str, Callable[[Row, FilterConfig], bool]] = {
     UNFINISHED: _is_unfinished,
     EMPTY: _is_empty,
     NO_INSTRUCTION: _has_no_instruction,
     TOO_LONG: _is_too_long,
     REPEATS_ITSELF: _repeats_itself,
+    REFUSAL: _refuses,
+    OTHER_LANGUAGE: _is_in_other_language,
 }
 
 

@@ -1,42 +1,78 @@
 """Candidates in index order -> accepted rows and rejections with a named reason.
 
-    Row | Rejection --filters, overlap, duplicates--> Row | Rejection
+    Row | Rejection --filters, leaks, overlap, duplicates by text, by meaning--> Row | Rejection
 
 Acceptance is a pure function of the candidates in index order: a row is compared with accepted rows of
 lower index only, so of two near-duplicates the lower index survives, and how the candidates were cut
-into batches changes nothing. A curator keeps what it accepted in memory; to resume, feed a new one all
+into batches changes nothing (for semantic duplicates see `semantic`: but for a pair that lies on the threshold
+to the last bits of a float). A curator keeps what it accepted in memory; to resume, feed a new one all
 candidates again.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Self
 
-from pydantic import Field
+import numpy as np
+from pydantic import Field, model_validator
 
 from delia.curate.dedup import SeenInstructions
+from delia.curate.embedding import HASHED, Embedder
 from delia.curate.filters import FilterConfig, find_fault
+from delia.curate.language import find_languages
+from delia.curate.leaks import TEMPLATE_LEAK, ControlTexts
+from delia.curate.novelty import Novelty
 from delia.curate.overlap import OVERLAPS_EVAL, HeldOut
+from delia.curate.rejection import reject
+from delia.curate.selection import SelectConfig
+from delia.curate.semantic import SEMANTIC_DUPLICATE, SeenMeanings
+from delia.curate.stopping import StopRule
+from delia.errors import ConfigError
 from delia.schema import Rejection, Row, SeedTask
 
 Candidate = Row | Rejection
 
-MAX_REJECTED_TEXT = 2000
-"""Characters that are kept of a rejected row's instruction."""
+_BLOCK = 256
+"""Candidates that are embedded at a time."""
 
 
 class CurateConfig(FilterConfig):
     """What is kept of the candidates; None switches a rule off.
 
+    `reject_template_leaks` refuses rows that spell a control token (`curate.leaks`).
     `near_duplicate_threshold` is a Jaccard similarity of sets of word n-grams of `ngram` words (see
     `curate.dedup` on short texts); `num_perm` is the size of a MinHash, and changes what is searched, not
     what counts as similar. `overlap_ngram` is the number of words in a row that a row may not share with
     dev or test.
+
+    `semantic_threshold` is a cosine of the instructions' embeddings, and needs an `embedder` that knows
+    meanings: "base" or a sentence-transformers directory (`curate.embedding`). Cosines of no two embedders
+    lie alike: see the nearest distances of a pool's diversity report before choosing. `embedder` also
+    serves that report and `select`, for which the default, "hashed", needs no model.
+
+    `select` picks a source's rows out of more accepted ones (`curate.selection`). `score_likelihood` stores
+    each row's mean log-probability under the base beside the pool (`curate.likelihood`).
     """
 
+    reject_template_leaks: bool = True
     near_duplicate_threshold: float | None = Field(default=0.8, ge=0.3, le=1)
     num_perm: int = Field(default=128, ge=16)
     ngram: int = Field(default=3, gt=0)
     overlap_ngram: int | None = Field(default=8, gt=0)
+    embedder: str = HASHED
+    semantic_threshold: float | None = Field(default=None, gt=0, le=1)
+    select: SelectConfig | None = None
+    score_likelihood: bool = False
+
+    @model_validator(mode="after")
+    def _name_an_embedder_of_meanings(self) -> Self:
+        if self.semantic_threshold is not None and self.embedder == HASHED:
+            raise ValueError(
+                f"semantic_threshold={self.semantic_threshold:g} compares meanings, embedder={HASHED!r} knows"
+                " words only; set embedder to 'base' or to a sentence-transformers directory"
+            )
+        return self
 
 
 class Curator:
@@ -45,6 +81,7 @@ class Curator:
     Attributes:
         counts: Rejections so far by reason, those of synthesis included.
         num_accepted: Rows accepted so far.
+        novelty: How new the instructions of the candidates were, accepted or not.
     """
 
     def __init__(
@@ -53,25 +90,45 @@ class Curator:
         *,
         eval_rows: Iterable[SeedTask] = (),
         train_rows: Iterable[SeedTask] = (),
+        control_texts: ControlTexts | None = None,
+        embed: Embedder | None = None,
     ) -> None:
-        """Start with nothing accepted; for `eval_rows` and `train_rows` see `overlap.HeldOut`."""
+        """Start with nothing accepted.
+
+        Args:
+            config: The rules.
+            eval_rows: See `overlap.HeldOut`.
+            train_rows: See `overlap.HeldOut`.
+            control_texts: The chat format's control tokens; None: no text is one.
+            embed: Embeds instructions; needed for `semantic_threshold` alone.
+
+        Raises:
+            ConfigError: An unknown language, or semantic duplicates without an embedder.
+        """
+        find_languages(config.languages or ())
+        if config.semantic_threshold is not None and embed is None:
+            raise ConfigError("curate.semantic_threshold needs an embedder; give the curator `embed`")
         self.counts: Counter[str] = Counter()
         self.num_accepted = 0
+        self.novelty = Novelty()
         self._config = config
         self._last_index: int | None = None
+        self._control_texts = control_texts if config.reject_template_leaks else None
         self._held_out = HeldOut(eval_rows, train_rows=train_rows, ngram=config.overlap_ngram)
         self._seen = SeenInstructions(
             threshold=config.near_duplicate_threshold, num_perm=config.num_perm, ngram=config.ngram
         )
+        self._embed = embed
+        self._meanings = SeenMeanings(config.semantic_threshold) if config.semantic_threshold else None
 
-    def feed(self, candidates: Iterable[Candidate], *, target: int | None = None) -> list[Candidate]:
+    def feed(self, candidates: Iterable[Candidate], *, rule: StopRule | None = None) -> list[Candidate]:
         """Decide on the next candidates.
 
         Args:
             candidates: In index order, after all that were fed before. A rejection of synthesis passes
                 through and is counted.
-            target: Once so many rows are accepted, over all calls, further candidates are ignored: they
-                become neither row nor rejection. None takes all.
+            rule: Follows the source; once it ends, further candidates are ignored: they become neither
+                row nor rejection. None takes all.
 
         Returns:
             Rows as they came, and rejections with the instruction as their text.
@@ -80,40 +137,77 @@ class Curator:
             ValueError: An index does not lie above the one before.
         """
         results: list[Candidate] = []
-        for candidate in candidates:
-            if self._last_index is not None and candidate.index <= self._last_index:
-                raise ValueError(
-                    f"candidates must come in index order, got index {candidate.index} of"
-                    f" {candidate.source!r} after {self._last_index}; sort them, one curator a source"
-                )
-            self._last_index = candidate.index
-            if target is None or self.num_accepted < target:
-                results.append(self._decide(candidate))
+        iterator = iter(candidates)
+        while block := list(islice(iterator, _BLOCK)):
+            for candidate in block:
+                self._check_order(candidate)
+            if rule is None or rule.reason is None:
+                results += self._decide(block, rule)
         return results
 
-    def _decide(self, candidate: Candidate) -> Candidate:
+    def _check_order(self, candidate: Candidate) -> None:
+        if self._last_index is not None and candidate.index <= self._last_index:
+            raise ValueError(
+                f"candidates must come in index order, got index {candidate.index} of"
+                f" {candidate.source!r} after {self._last_index}; sort them, one curator a source"
+            )
+        self._last_index = candidate.index
+
+    def _decide(self, block: Sequence[Candidate], rule: StopRule | None) -> Iterator[Candidate]:
+        """Yield what becomes of the candidates of a block, until the source ends."""
+        reasons = [
+            self._find_fault(candidate) if isinstance(candidate, Row) else candidate.reason
+            for candidate in block
+        ]
+        self._open_meanings(block, reasons)
+        for place, candidate in enumerate(block):
+            decided = self._decide_one(candidate, reasons[place], place)
+            yield decided
+            if rule is not None:
+                rule.count(decided)
+                if rule.reason is not None:
+                    return
+
+    def _decide_one(self, candidate: Candidate, fault: str | None, place: int) -> Candidate:
         if isinstance(candidate, Rejection):
             self.counts[candidate.reason] += 1
             return candidate
-        reason = self._find_reason(candidate)
+        self.novelty.add(candidate.instruction)
+        reason = fault or self._admit(candidate, place)
         if reason is None:
             self.num_accepted += 1
             return candidate
         self.counts[reason] += 1
-        return Rejection(
-            row_id=candidate.row_id,
-            index=candidate.index,
-            source=candidate.source,
-            reason=reason,
-            text=candidate.instruction[:MAX_REJECTED_TEXT],
-            num_output_tokens=candidate.num_output_tokens,
-        )
+        return reject(candidate, reason)
 
-    def _find_reason(self, row: Row) -> str | None:
-        """Return why a row is rejected; `admit` comes last, because it remembers what it lets pass."""
+    def _find_fault(self, row: Row) -> str | None:
+        """Return what speaks against a row by itself."""
         fault = find_fault(row, self._config)
         if fault is not None:
             return fault
-        if self._held_out.overlaps(row):
-            return OVERLAPS_EVAL
-        return self._seen.admit(row.instruction)
+        if self._control_texts is not None and self._control_texts.leaks(row):
+            return TEMPLATE_LEAK
+        return OVERLAPS_EVAL if self._held_out.overlaps(row) else None
+
+    def _open_meanings(self, block: Sequence[Candidate], reasons: Sequence[str | None]) -> None:
+        """Embed the rows of a block that have no fault; zeros stand for the others, and are near nothing."""
+        if self._meanings is None or self._embed is None:
+            return
+        places = [place for place, reason in enumerate(reasons) if reason is None]
+        if places:
+            rows = [item for item, reason in zip(block, reasons, strict=True) if reason is None]
+            vectors_ND = self._embed([row.instruction for row in rows if isinstance(row, Row)])
+            block_ND = np.zeros((len(block), vectors_ND.shape[1]), dtype=np.float32)
+            block_ND[places] = vectors_ND
+            self._meanings.open(block_ND)
+
+    def _admit(self, row: Row, place: int) -> str | None:
+        """Compare a row with the accepted ones; remember it everywhere, or nowhere."""
+        reason = self._seen.compare(row.instruction)
+        if reason is None and self._meanings is not None and self._meanings.is_near(place):
+            reason = SEMANTIC_DUPLICATE
+        if reason is None:
+            self._seen.remember(row.instruction)
+            if self._meanings is not None:
+                self._meanings.remember(place)
+        return reason

@@ -12,12 +12,13 @@ from pydantic import Field
 
 from delia.config import FrozenConfig
 from delia.curate.dedup import DUPLICATE, NEAR_DUPLICATE
+from delia.curate.semantic import SEMANTIC_DUPLICATE
 from delia.schema import Rejection, Row
 
 ENOUGH_ROWS = "rows"
 ENOUGH_TOKENS = "tokens"
 NOTHING_NEW = "novelty"
-REPEATS = frozenset((DUPLICATE, NEAR_DUPLICATE, "semantic_duplicate"))
+REPEATS = frozenset((DUPLICATE, NEAR_DUPLICATE, SEMANTIC_DUPLICATE))
 
 
 class StopConfig(FrozenConfig):
@@ -36,6 +37,7 @@ class StopRule:
     """Follows one source; `reason` is set once it ends.
 
     Attributes:
+        num_rows: Rows that it is to give.
         num_accepted: Rows so far.
         num_output_tokens: Tokens of rows and rejections so far.
         reason: `rows`, `tokens` or `novelty`; None while it goes on.
@@ -46,7 +48,7 @@ class StopRule:
         self.num_accepted = self.num_output_tokens = 0
         self.reason: str | None = None
         self._config = config
-        self._num_rows = num_rows
+        self.num_rows = num_rows
         self._is_new: deque[bool] = deque(maxlen=config.window)
 
     @property
@@ -62,7 +64,7 @@ class StopRule:
         if is_row or (isinstance(decided, Rejection) and decided.reason in REPEATS):
             self._is_new.append(is_row)
         limit, floor = self._config.max_output_tokens, self._config.min_new_share
-        if self.num_accepted >= self._num_rows:
+        if self.num_accepted >= self.num_rows:
             self.reason = ENOUGH_ROWS
         elif limit is not None and self.num_output_tokens >= limit:
             self.reason = ENOUGH_TOKENS

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 
 from delia.config import FrozenConfig, fingerprint
-from delia.curate.pipeline import CurateConfig, Curator
+from delia.curate.pipeline import CurateConfig
 from delia.curate.stopping import ENOUGH_ROWS, StopConfig, StopRule
 from delia.errors import PoolError
+from delia.flow.curation import Curation, open_curation
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
 from delia.schema import Rejection, Row
@@ -83,22 +84,28 @@ def build_pool(
         return read_pool(address)
     started = time.monotonic()
     growth = _Growth()
+    targets = {source.name: source.num_rows for source in config.synthesize.sources}
+    curation = open_curation(config.curate, space, num_rows=targets, allowed_modules=allowed_modules)
     for sources in plan_rounds(config.synthesize):
         with closing(
             _generate(config, space, sources, growth, engine=engine, allowed_modules=allowed_modules)
         ) as batches:
-            _accept(config, space, sources, batches, growth, log=log)
+            _accept(config, curation, sources, batches, growth, log=log)
     num_rows = growth.num_accepted
-    details = {"template_hash": space.chat.template_hash, "cost": account(growth.cost, num_rows, engine)}
+    rows = sorted(chain.from_iterable(growth.closed.values()), key=lambda row: (row.source, row.index))
+    details, metrics = curation.describe(rows)
+    details |= {"template_hash": space.chat.template_hash, "cost": account(growth.cost, num_rows, engine)}
+    curation.score(address, rows)
     write_pool(
         address,
-        rows=sorted(chain.from_iterable(growth.closed.values()), key=lambda row: (row.source, row.index)),
+        rows=rows,
         rejections=sorted(growth.rejections, key=lambda item: (item.source, item.index)),
         fingerprint=name,
         parents={"model": space.model_id, "task": space.task.digest},
         details=details | ({"stopped": growth.stopped} if growth.stopped else {}),
     )
-    log({"synthesize/seconds": time.monotonic() - started}, num_rows + len(growth.rejections))
+    num_seen = num_rows + len(growth.rejections)
+    log({"synthesize/seconds": time.monotonic() - started, **metrics}, num_seen)
     return read_pool(address)
 
 
@@ -152,7 +159,7 @@ def _generate(
 
 def _accept(
     config: PoolConfig,
-    space: Workspace,
+    curation: Curation,
     sources: Sequence[SourceConfig],
     batches: Iterator[Batch],
     growth: _Growth,
@@ -160,24 +167,15 @@ def _accept(
     log: LogMetrics,
 ) -> None:
     """Feed a round's candidates to a curator a source until every source has ended; close them."""
-    splits = space.task.rows_by_split
-    held_out = [*splits["dev"], *splits["test"]]
-    rules = {source.name: StopRule(config.stop, num_rows=source.num_rows) for source in sources}
-    curators = {
-        name: Curator(config.curate, eval_rows=held_out, train_rows=splits["train"]) for name in rules
-    }
+    rules = {source.name: StopRule(config.stop, num_rows=curation.targets[source.name]) for source in sources}
     rows: dict[str, list[Row]] = {name: [] for name in rules}
     for batch in batches:
         growth.cost += batch.cost
-        rule = rules[batch.source]
-        for decided in () if rule.reason else curators[batch.source].feed(batch.candidates):
-            rule.count(decided)
+        for decided in curation.curators[batch.source].feed(batch.candidates, rule=rules[batch.source]):
             if isinstance(decided, Row):
                 rows[batch.source].append(decided)
             else:
                 growth.rejections.append(decided)
-            if rule.reason:
-                break
         num_accepted = growth.num_accepted + sum(map(len, rows.values()))
         num_seen = num_accepted + len(growth.rejections)
         log(
@@ -188,7 +186,7 @@ def _accept(
                 "synthesize/prompt_tokens": growth.cost.prompt_tokens,
                 "synthesize/output_tokens": growth.cost.output_tokens,
                 "synthesize/engine_seconds": growth.cost.engine_seconds,
-                "synthesize/new_share": rule.new_share,
+                "curate/new_unique_rate": curation.measure_new_unique_rate(rules),
             },
             num_seen,
         )
@@ -197,10 +195,12 @@ def _accept(
     for source in sources:
         rule = rules[source.name]
         _check_supply(source, rule, growth.rejections)
-        growth.closed[source.name] = tuple(rows[source.name])
+        kept, dropped = curation.select(source.name, rows[source.name])
+        growth.closed[source.name] = tuple(kept)
+        growth.rejections += dropped
         if rule.reason != ENOUGH_ROWS:
             growth.stopped[source.name] = (
-                f"{rule.reason}: {rule.num_accepted} of {source.num_rows} rows, {rule.num_output_tokens} output"
+                f"{rule.reason}: {rule.num_accepted} of {rule.num_rows} rows, {rule.num_output_tokens} output"
                 f" tokens, {rule.new_share:.2f} of the last instructions new"
             )
 
@@ -216,6 +216,6 @@ def _check_supply(source: SourceConfig, rule: StopRule, rejections: Sequence[Rej
     reasons = Counter(item.reason for item in rejections if item.source == source.name)
     end = f"the stop rule {rule.reason!r} ended it" if rule.reason else "its candidates ran out"
     raise PoolError(
-        f"source {source.name!r} gave {rule.num_accepted} of {source.num_rows} rows before {end}"
+        f"source {source.name!r} gave {rule.num_accepted} of {rule.num_rows} rows before {end}"
         f" (rejected: {dict(reasons)}); raise max_candidates, loosen curate or stop, or ask for fewer rows"
     )

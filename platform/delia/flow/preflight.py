@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from delia.chat import load_chat
 from delia.config import build_method
+from delia.curate.embedding import check_embedder
+from delia.curate.language import find_languages
 from delia.errors import ConfigError
 from delia.evaluate.harness import EvaluateConfig
 from delia.evaluate.scoring import METRICS
@@ -22,7 +24,7 @@ from delia.store.tasks import read_task
 
 
 def check_settings(task: Task, arms: Mapping[str, ArmConfig], pool: PoolConfig | None) -> None:
-    """Check what needs no model of the task's: metrics and suites, stages, ratios, sources.
+    """Check what needs no model of the task's: metrics and suites, stages, ratios, sources and curation.
 
     Raises:
         ConfigError: See the single checks.
@@ -30,10 +32,13 @@ def check_settings(task: Task, arms: Mapping[str, ArmConfig], pool: PoolConfig |
     check_metrics(task)
     check_stages(task, arms)
     check_ratios(pool, arms, num_task_rows=len(task.rows_by_split["train"]))
-    check_sources(pool)
+    if pool is not None:
+        check_sources(pool)
+        check_embedder(pool.curate.embedder)
+        find_languages(pool.curate.languages or ())
 
 
-def check_sources(pool: PoolConfig | None) -> None:
+def check_sources(pool: PoolConfig) -> None:
     """Refuse a source whose method, file or model is not there; a round may be hours away.
 
     A method outside `delia.methods` is found only when the job, which knows what is allowed, begins.
@@ -41,7 +46,7 @@ def check_sources(pool: PoolConfig | None) -> None:
     Raises:
         ConfigError, TaskFileError, ChatError: With what is wrong.
     """
-    for source in pool.synthesize.sources if pool else ():
+    for source in pool.synthesize.sources:
         if source.rows is not None:
             read_task(source.rows)
         if source.model is not None:

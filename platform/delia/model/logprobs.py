@@ -24,9 +24,10 @@ def load_adapted(config: ModelConfig, adapter: Path) -> PreTrainedModel:
     return cast(PreTrainedModel, model)  # it answers to everything that is asked of it here
 
 
-def _batches(
+def batch_sequences(
     sequences: Sequence[tuple[list[int], list[bool]]], *, size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Yield batches of sequences of like length: their places, ids and masks, padded with 0 on the right."""
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index][0]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
@@ -46,7 +47,7 @@ def score_sequences(
 ) -> list[Tensor]:
     """Return log-probabilities in nats of the counted tokens of each (ids, mask), float32 [n]."""
     scores: list[Tensor] = [torch.empty(0)] * len(sequences)
-    for chosen, ids_BT, mask_BT in _batches(sequences, size=batch_size):
+    for chosen, ids_BT, mask_BT in batch_sequences(sequences, size=batch_size):
         logits_BTV = model(input_ids=ids_BT.to(model.device)).logits[:, :-1].float().cpu()
         logprobs_BT = logits_BTV.log_softmax(-1).gather(-1, ids_BT[:, 1:, None]).squeeze(-1)
         for position, index in enumerate(chosen):
@@ -68,7 +69,7 @@ def mean_kl(
     On rows that the base sampled itself this estimates how far off its task the tuned model drifted.
     """
     total, count = 0.0, 0
-    for chosen, ids_BT, mask_BT in _batches(sequences, size=batch_size):
+    for chosen, ids_BT, mask_BT in batch_sequences(sequences, size=batch_size):
         log_p = base(input_ids=ids_BT.to(base.device)).logits[:, :-1].float().log_softmax(-1)
         log_q = tuned(input_ids=ids_BT.to(tuned.device)).logits[:, :-1].float().log_softmax(-1)
         kl_BT = (log_p.exp() * (log_p - log_q.to(log_p.device))).sum(-1).cpu()

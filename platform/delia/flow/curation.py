@@ -1,0 +1,116 @@
+"""What curation does around the curators of a pool: a curator a source, then selection, report and scores.
+
+settings, workspace --open_curation--> Curation
+Curation.curators, .targets      accept candidates, a source each
+Curation.select                  keeps `num_rows` of a source's accepted rows, where settings say so
+Curation.describe                diversity -> the manifest's details and the log
+Curation.score                   likelihoods -> scores.parquet
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from delia.config import build_method
+from delia.curate.diversity import measure_diversity
+from delia.curate.embedding import Embedder, load_embedder
+from delia.curate.leaks import ControlTexts
+from delia.curate.likelihood import LIKELIHOOD, score_answers
+from delia.curate.pipeline import CurateConfig, Curator
+from delia.curate.selection import Selector, select_rows
+from delia.flow.workspace import Workspace
+from delia.model.loading import load_base
+from delia.rng import derive_seed
+from delia.schema import Rejection, Row
+from delia.store.scores import write_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curation:
+    """The curators of a pool's sources and what is done with the rows that they accept.
+
+    Attributes:
+        curators: Source -> its curator.
+        targets: Source -> rows that its curator accepts; with `curate.select`, more than it keeps.
+    """
+
+    config: CurateConfig
+    space: Workspace
+    num_rows: Mapping[str, int]
+    curators: Mapping[str, Curator]
+    targets: Mapping[str, int]
+    embed: Embedder
+    selector: Selector | None
+
+    def select(self, source: str, rows: Sequence[Row]) -> tuple[list[Row], list[Rejection]]:
+        """Return what the pool keeps of a source's accepted rows, in index order, and rejections of the others."""
+        config, num_rows = self.config.select, self.num_rows[source]
+        if config is None or self.selector is None or len(rows) <= num_rows:
+            return list(rows), []
+        seed = derive_seed("select", config.seed, source)
+        return select_rows(rows, self.selector, num_rows=num_rows, seed=seed, embed=self.embed)
+
+    def describe(self, rows: Sequence[Row]) -> tuple[dict[str, object], dict[str, float]]:
+        """Measure the diversity of a pool's rows; return the manifest's details and the metrics to log."""
+        novelty = {name: curator.novelty.report() for name, curator in self.curators.items()}
+        report = measure_diversity(rows, self.embed, embedder=self.config.embedder, novelty=novelty)
+        metrics = {
+            "curate/distinct_2": report.distinct[1],
+            "curate/vendi_score": report.vendi_score,
+            "curate/nearest_distance": report.nearest_mean,
+            "curate/cell_coverage": report.cell_coverage,
+            "curate/cell_entropy": report.cell_entropy,
+            "curate/opening_entropy": report.opening_entropy,
+            "curate/new_unique_rate": self.measure_new_unique_rate(self.curators),
+            "curate/estimated_left": sum(item.estimated_left for item in novelty.values()),
+            "curate/diversity_seconds": report.seconds,
+        }
+        return {"diversity": report.to_details()}, metrics
+
+    def measure_new_unique_rate(self, sources: Iterable[str]) -> float:
+        """Return the lowest rate of new instructions among the latest windows of some sources, in 0..1."""
+        return min(self.curators[name].novelty.rate for name in sources)
+
+    def score(self, address: str, rows: Sequence[Row]) -> None:
+        """Write the likelihood of each row's answer beside the pool, where settings ask for it."""
+        if self.config.score_likelihood:
+            values = score_answers(load_base(self.space.model), self.space.chat, rows)
+            write_scores(address, [row.row_id for row in rows], {LIKELIHOOD: values})
+
+
+def open_curation(
+    config: CurateConfig,
+    space: Workspace,
+    *,
+    num_rows: Mapping[str, int],
+    allowed_modules: tuple[str, ...] = (),
+) -> Curation:
+    """Build a curator for each source, and what comes after them.
+
+    Args:
+        config: What is kept.
+        space: Model, chat format and task; dev and test are kept out of the pool.
+        num_rows: Source -> rows that the pool is to have of it.
+        allowed_modules: Modules outside `delia.methods` that settings may name.
+
+    Raises:
+        ConfigError: No such embedder, language or selector.
+    """
+    splits = space.task.rows_by_split
+    held_out = [*splits["dev"], *splits["test"]]
+    embed = load_embedder(config.embedder, model=space.model, chat=space.chat)
+    texts = ControlTexts(space.chat.table.control_ids, task_tokens=space.chat.token_ids)
+    select = config.select
+    return Curation(
+        config=config,
+        space=space,
+        num_rows=num_rows,
+        curators={
+            name: Curator(
+                config, eval_rows=held_out, train_rows=splits["train"], control_texts=texts, embed=embed
+            )
+            for name in num_rows
+        },
+        targets={name: select.count_accepted(count) if select else count for name, count in num_rows.items()},
+        embed=embed,
+        selector=build_method(select, allowed_modules=allowed_modules) if select else None,
+    )
