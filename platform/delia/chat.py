@@ -64,6 +64,7 @@ class ChatEncoder:
     bos_id: int | None
     pad_id: int
     template_hash: str
+    _prefixes: dict[str | None, list[int]] = field(default_factory=dict, repr=False)
 
     def encode_prompt(self, messages: Messages) -> list[int]:
         """Return the ids of a chat up to where the assistant's next turn begins.
@@ -105,10 +106,13 @@ class ChatEncoder:
         They are the ids that chats with different first words share: a space that the template writes
         before the content is left out where it belongs to the first word's token.
         """
-        before = () if system is None else (Message(role="system", content=system),)
-        chats = [(*before, Message(role="user", content=word)) for word in FIRST_WORDS]
-        prompts = [self.encode_prompt(chat) for chat in chats]
-        return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False))]
+        if system not in self._prefixes:  # one prefix serves all candidates of a source
+            before = () if system is None else (Message(role="system", content=system),)
+            chats = [(*before, Message(role="user", content=word)) for word in FIRST_WORDS]
+            prompts = [self.encode_prompt(chat) for chat in chats]
+            shared = takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False))
+            self._prefixes[system] = [ids[0] for ids in shared]
+        return list(self._prefixes[system])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without control and task tokens and without outer white space."""

@@ -50,6 +50,11 @@ class Dialogue:
         """Leave tokenizers and methods behind; each process builds its own."""
         return {**self.__dict__, "_parts": {}}
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Build them on arrival: a replica does so as it starts, and not while its engine waits for work."""
+        self.__dict__.update(state)
+        self.part(self.sources[0].name)
+
     def part(self, source: str) -> tuple[Synthesizer, SynthesisContext]:
         """Return a source's method and context."""
         if not self._parts:
