@@ -7,12 +7,14 @@ Safe to run again: finished steps are found in `output_dir`, unfinished ones res
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
 from delia.flow.adapt import MAIN, AdaptConfig, adapt, open_job
 from delia.flow.table import format_scores
 from delia.recipes.command_line import parse_job, run_job
+from delia.store.tasks import read_task
 
 
 def main() -> None:
@@ -36,9 +38,15 @@ def main() -> None:
     store = f"--backend-store-uri sqlite:///{shorten(config.output_dir)}/mlflow.db"
     has_server = bool(config.track.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
     print("\ntry next:")
-    print(f'  {tools}/delia ask {adapter} "count the words : fox cat owl . use the <sep> format ."')
+    print(f"  {tools}/delia ask {adapter} {shlex.quote(find_question(config))}")
     print("  open the tracking server" if has_server else f"  {tools}/mlflow ui {store}")
     print(f"  {tools}/python jobs/adapt.py starter_lingo --set task.path=your.jsonl")
+
+
+def find_question(config: AdaptConfig) -> str:
+    """Return a question of the scored split that fits a line."""
+    prompts = (row.prompt[-1].content for row in read_task(config.task).rows_by_split[config.split])
+    return next((text for text in prompts if len(text) <= 120 and "\n" not in text), "...")
 
 
 def shorten(path: str) -> str:

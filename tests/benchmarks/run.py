@@ -1,76 +1,40 @@
 """Benchmarks, side by side in one run: `make bench`; results go into `RESULTS.md` beside this file.
 
-    generation   this pipeline (Ray Data, one replica) against a bare in-process vLLM on the same requests
+    generation   this pipeline with all its filters against bare vLLM and other ways to ask it
     training     the loop's step (FSDP2, LoRA, token rows) against a plain PyTorch loop on the same rows
+    coverage     how much of the starter's world its own samples reach
 
-Start-up is reported apart. Figures are of one machine and one day; ratios are what carries over.
+Figures are of one machine and one day; ratios are what carries over.
 """
 
 import datetime
 import platform
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
+import generation
 import ray
 import torch
+from generation import Measured
 from torch.nn import functional
+from world_coverage import describe_coverage
 
 from delia.flow.results import write_section
 from delia.flow.workspace import RayConfig, Workspace, connect, open_workspace
-from delia.generate.engine import EngineConfig, Request, SamplingConfig, build_engine
-from delia.generate.pipeline import answer_requests, run_script, to_blocks, to_completions
 from delia.model.adapted import LoraConfig, attach
 from delia.model.loading import load_base
-from delia.rng import derive_seed
 from delia.store.models import ModelConfig
 from delia.store.tasks import TaskConfig, read_task
 from delia.train.launch import forward_log, run_training
 from delia.train.loop import TrainInput, pad_rows
 from delia.train.settings import StageConfig, TrainConfig
 
-NUM_REQUESTS = 8192
+NUM_PROMPTS = 16384
 NUM_STEPS = 60
 RESULTS = Path(__file__).with_name("RESULTS.md")
 MODEL = ModelConfig(path="package://delia.starter/weights")
-SAMPLING = SamplingConfig(max_tokens=96)
-ENGINE = EngineConfig(num_replicas=1, batch_size=1024)
-
-
-def make_requests(space: Workspace) -> list[Request]:
-    """Return user-prefix requests, each with a seed of its own."""
-    prefix = tuple(space.chat.encode_user_prefix())
-    return [
-        Request(request_id=str(i), prompt_ids=prefix, seed=derive_seed("bench", i))
-        for i in range(NUM_REQUESTS)
-    ]
-
-
-@ray.remote(num_cpus=1)
-def generate_bare(requests: list[Request], end_ids: tuple[int, ...]) -> tuple[float, float, int]:
-    """Return start-up seconds, seconds and output tokens of vLLM without Ray Data."""
-    started = time.monotonic()
-    engine = build_engine(MODEL, ENGINE)
-    engine.generate(requests[:8], SAMPLING, end_ids=end_ids)
-    ready = time.monotonic()
-    completions = engine.generate(requests, SAMPLING, end_ids=end_ids)
-    return ready - started, time.monotonic() - ready, sum(len(item.token_ids) for item in completions)
-
-
-def generate_piped(requests: list[Request], end_ids: tuple[int, ...]) -> tuple[float, float, int]:
-    """Return seconds to the first batch, seconds for the rest, and output tokens of the rest."""
-    started = time.monotonic()
-    ready, tokens = 0.0, 0
-    blocks = to_blocks(requests, ENGINE.batch_size)
-    tables = run_script(
-        answer_requests, blocks, model=MODEL, engine=ENGINE, sampling=SAMPLING, end_ids=end_ids
-    )
-    for table in tables:
-        if not ready:
-            ready = time.monotonic()
-            continue
-        tokens += sum(len(item.token_ids) for item in to_completions(table))
-    return ready - started, time.monotonic() - ready, tokens
 
 
 def make_input(space: Workspace) -> TrainInput:
@@ -118,27 +82,42 @@ def train_piped(task: TrainInput, folder: Path) -> float:
     return statistics.median(rates)
 
 
-def main() -> None:
-    """Run both benchmarks and write their section."""
-    import tempfile
+def describe_generation(measured: list[Measured], num_prompts: int) -> str:
+    """Return the table of generation; ratios are to bare vLLM with the same seeds."""
+    bare = measured[0]
+    lines = [
+        f"| {item.name} | {item.rate:.0f} | {item.rate / bare.rate:.2f} | {item.start_seconds:.0f} | {item.seconds:.0f} |"
+        for item in measured
+    ]
+    return "\n".join(
+        (
+            f"Generation: {num_prompts} different questions of the starter's world, T=1, one core an engine.",
+            "",
+            "| | output tokens/s | ratio to bare, seeded | start-up s | run s |",
+            "|---|---|---|---|---|",
+            *lines,
+        )
+    )
 
+
+def main() -> None:
+    """Run the benchmarks and write their section."""
     connect(RayConfig())
+    ray.cloudpickle.register_pickle_by_value(generation)
     task = read_task(TaskConfig(path="package://delia.starter/tasks/sep"))
     with tempfile.TemporaryDirectory() as folder:
+        measured = generation.measure_all(Path(folder), task, num_prompts=NUM_PROMPTS)
         space = open_workspace(folder, MODEL, task)
-        requests = make_requests(space)
-        bare_start, bare_seconds, bare_tokens = ray.get(generate_bare.remote(requests, space.chat.end_ids))
-        pipe_start, pipe_seconds, pipe_tokens = generate_piped(requests, space.chat.end_ids)
         train_input = make_input(space)
         plain_rate, loop_rate = train_plainly(train_input), train_piped(train_input, Path(folder))
-    bare_rate, pipe_rate = bare_tokens / bare_seconds, pipe_tokens / pipe_seconds
+        covered = describe_coverage(space)
     body = f"""`make bench`, {datetime.date.today():%Y-%m-%d}, {platform.machine()}, one core a process, float32.
 
-| what | peer | this platform | ratio |
-|---|---|---|---|
-| output tokens/s, one replica, {NUM_REQUESTS} seeded requests | bare vLLM {bare_rate:.0f} | {pipe_rate:.0f} | {pipe_rate / bare_rate:.2f} |
-| start-up seconds (for the pipeline: to the first batch) | {bare_start:.1f} | {pipe_start:.1f} | |
-| training tokens/s, median of {NUM_STEPS} steps | plain PyTorch loop {plain_rate:.0f} | {loop_rate:.0f} | {loop_rate / plain_rate:.2f} |
+{describe_generation(measured, NUM_PROMPTS)}
+
+Training: {loop_rate:.0f} tokens/s, the median of {NUM_STEPS} steps, a plain PyTorch loop {plain_rate:.0f}: ratio {loop_rate / plain_rate:.2f}.
+
+{covered}
 """
     write_section(RESULTS, "benchmarks", body)
     print(body)
