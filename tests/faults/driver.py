@@ -71,18 +71,24 @@ def find_pool(space: Workspace) -> str:
     return space.address("pools", pool_fingerprint(POOL, space))
 
 
+def start_nodes(num_nodes: int) -> None:
+    """Start several nodes on this machine, and connect to them."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    for _ in range(num_nodes):
+        cluster.add_node(num_cpus=2)
+    cluster.wait_for_nodes(timeout=300)
+    ray.init(address=cluster.address, log_to_driver=False)
+
+
 def main() -> None:
     output_dir, kind, num_nodes = (*sys.argv[1:], "0")[:3]
     if int(num_nodes):
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-        for _ in range(int(num_nodes)):
-            cluster.add_node(num_cpus=2)
-        cluster.wait_for_nodes()
-        ray.init(address=cluster.address, log_to_driver=False)
+        start_nodes(int(num_nodes))
     else:
         connect(RayConfig(num_cpus=4))
     pool = build_pool(POOL, open_space(output_dir), engine=ENGINES[kind], log=lambda metrics, step: None)
     print("root", pool.manifest.root, flush=True)
+    ray.shutdown()  # else a cluster of several nodes ends before its driver, which then ends with an error
 
 
 if __name__ == "__main__":
