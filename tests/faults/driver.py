@@ -5,7 +5,11 @@ python driver.py output_dir scripted|vllm [number of nodes]
 With nodes, the head has no CPU, and each other node has room for both replicas: one may be lost.
 """
 
+import os
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
@@ -13,7 +17,14 @@ from ray.cluster_utils import Cluster
 from delia.config import MethodConfig
 from delia.curate.pipeline import CurateConfig
 from delia.flow.pool import PoolConfig, build_pool, pool_fingerprint
-from delia.flow.workspace import RayConfig, Workspace, connect, open_workspace
+from delia.flow.workspace import (
+    SLOW_START,
+    START_ATTEMPTS,
+    RayConfig,
+    Workspace,
+    connect,
+    open_workspace,
+)
 from delia.generate.engine import EngineConfig, SamplingConfig, ScriptedConfig
 from delia.schema import Message, SeedTask, Task
 from delia.store.models import ModelConfig
@@ -71,11 +82,22 @@ def find_pool(space: Workspace) -> str:
     return space.address("pools", pool_fingerprint(POOL, space))
 
 
+def start_slowly(start: Callable[[], Any]) -> Any:
+    """Start a node of Ray's, more than once where the machine is too busy for it."""
+    for _ in range(START_ATTEMPTS - 1):
+        try:
+            return start()
+        except Exception as error:
+            if SLOW_START not in str(error):
+                raise
+    return start()
+
+
 def start_nodes(num_nodes: int) -> None:
     """Start several nodes on this machine, and connect to them."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = start_slowly(partial(Cluster, initialize_head=True, head_node_args={"num_cpus": 0}))
     for _ in range(num_nodes):
-        cluster.add_node(num_cpus=2)
+        start_slowly(partial(cluster.add_node, num_cpus=2))
     cluster.wait_for_nodes(timeout=300)
     ray.init(address=cluster.address, log_to_driver=False)
 
@@ -88,7 +110,7 @@ def main() -> None:
         connect(RayConfig(num_cpus=4))
     pool = build_pool(POOL, open_space(output_dir), engine=ENGINES[kind], log=lambda metrics, step: None)
     print("root", pool.manifest.root, flush=True)
-    ray.shutdown()  # else a cluster of several nodes ends before its driver, which then ends with an error
+    os._exit(0)  # threads of Ray that outlive the cluster's end can end a finished driver with an error
 
 
 if __name__ == "__main__":
