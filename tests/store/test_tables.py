@@ -15,6 +15,7 @@ from delia.store.tables import (
     FORMAT_VERSION,
     MANIFEST,
     Manifest,
+    check_writable,
     commit,
     exists,
     is_finished,
@@ -99,9 +100,31 @@ def test_a_write_that_breaks_off_leaves_the_old_file_whole(tmp_path, monkeypatch
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(StoreError, match=r"can't write .*note\.txt'.*no space.*; free space there"):
         write_bytes(address, b"new")
     assert read_bytes(address) == b"old"
+    assert list_names(str(tmp_path)) == ["note.txt"]
+
+
+def test_two_writers_of_one_file_on_hosts_with_equal_process_ids_leave_a_whole_one(tmp_path, monkeypatch):
+    address = str(tmp_path / "note.txt")
+
+    def write_too(descriptor):
+        monkeypatch.setattr("os.fsync", lambda descriptor: None)
+        write_bytes(address, b"other")
+
+    monkeypatch.setattr("os.fsync", write_too)
+    write_bytes(address, b"mine")
+    assert read_bytes(address) == b"mine"
+    assert list_names(str(tmp_path)) == ["note.txt"]
+
+
+def test_a_directory_is_probed_without_a_trace_and_what_is_below_a_file_is_refused(address, tmp_path):
+    check_writable(address)
+    assert list_names(address) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"can't write .*file/x/.*; free space there or allow writing"):
+        check_writable(str(tmp_path / "file" / "x"))
 
 
 def test_a_missing_file_is_named(address):
@@ -114,6 +137,20 @@ def test_a_file_that_is_not_parquet_is_named(tmp_path):
 
     with pytest.raises(StoreError, match=r"rows\.parquet.* is not a Parquet file"):
         read_table(str(tmp_path / "rows.parquet"))
+
+
+def test_a_table_or_a_manifest_that_was_cut_or_changed_is_named_with_the_way_out(tmp_path):
+    rows, manifest = tmp_path / "rows.parquet", tmp_path / MANIFEST
+    write_table(str(rows), TABLE)
+    commit(str(tmp_path), MADE)
+    whole = rows.read_bytes()
+    for data in (b"", whole[:-1], whole[: len(whole) // 2], whole[:40] + bytes(40) + whole[80:]):
+        rows.write_bytes(data)
+        with pytest.raises(StoreError, match=r"rows\.parquet' is not .*; remove it and run its job again"):
+            read_table(str(rows))
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    with pytest.raises(StoreError, match=r"manifest\.json' was damaged: .*; remove it and run its job again"):
+        read_manifest(str(tmp_path), kind="pool")
 
 
 @pytest.mark.parametrize("address", ["gopher://host/x", "package://no_such_package/x"])

@@ -23,7 +23,7 @@ from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
 from delia.schema import Rejection, Row
 from delia.store.pools import Cost, Pool, read_pool, write_pool
-from delia.store.tables import is_finished
+from delia.store.tables import check_writable, is_finished
 from delia.synthesize.dialogue import Dialogue
 from delia.synthesize.pipeline import Batch, plan_rounds, read_imported, synthesize
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
@@ -77,11 +77,13 @@ def build_pool(
 
     Raises:
         PoolError: A source ran out of candidates before it had enough rows, with the numbers.
+        StoreError: `output_dir` can't be written, or a stored file was damaged.
     """
     name = pool_fingerprint(config, space)
     address = space.address("pools", name)
     if is_finished(address):
         return read_pool(address)
+    check_writable(space.output_dir)
     started = time.monotonic()
     growth = _Growth()
     targets = {source.name: source.num_rows for source in config.synthesize.sources}

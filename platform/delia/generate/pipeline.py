@@ -10,7 +10,7 @@ number of replicas or on the order.
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -165,7 +165,7 @@ def run_script(
     engine: EngineConfig,
     sampling: SamplingConfig,
     end_ids: Sequence[int],
-) -> Iterator[pa.Table]:
+) -> Generator[pa.Table, None, None]:
     """Run a script on every block, each on one of the replicas; yield results as blocks are done.
 
     Replicas that are lost are restarted, and their blocks run again. Stop reading to stop the work.

@@ -10,6 +10,9 @@ beside its name and moved onto it, so a half-written one is never taken for a wh
 import importlib.resources
 import json
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,27 @@ def open_filesystem(address: str) -> tuple[pafs.FileSystem, str]:
         raise StoreError(f"can't open {address!r}: {error}; use a local path, s3:// or gs://") from error
 
 
+@contextmanager
+def _naming(address: str, doing: str, way_out: str) -> Iterator[None]:
+    """Turn what storage raises into an error with the address and the way out.
+
+    Raises:
+        StoreError: In the place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"can't {doing} {address!r}: {error}; {way_out}") from error
+
+
+def _reading(address: str) -> Any:
+    return _naming(address, "read", "see that it can be reached from here, or set another address")
+
+
+def _writing(address: str) -> Any:
+    return _naming(address, "write", "free space there or allow writing, or set another output_dir")
+
+
 def join(address: str, *names: str) -> str:
     """Append names to a path or a URI."""
     return "/".join((address.rstrip("/"), *(name for name in names if name)))
@@ -69,44 +93,68 @@ def join(address: str, *names: str) -> str:
 def exists(address: str) -> bool:
     """Tell whether a file or a directory is at an address."""
     filesystem, path = open_filesystem(address)
-    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+    with _reading(address):
+        return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
 def write_bytes(address: str, data: bytes) -> None:
-    """Write a whole file, or nothing that has its name."""
+    """Write a whole file, or nothing that has its name.
+
+    Raises:
+        StoreError: It can't be written; nothing of it is left on a local disk.
+    """
     filesystem, path = open_filesystem(address)
-    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-    if not isinstance(filesystem, pafs.LocalFileSystem):
-        with filesystem.open_output_stream(path) as stream:  # an object appears when it is closed
-            stream.write(data)
-        return
-    partial = f"{path}.partial-{os.getpid()}"
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with _writing(address):
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        if not isinstance(filesystem, pafs.LocalFileSystem):
+            with filesystem.open_output_stream(path) as stream:  # an object appears when it is closed
+                stream.write(data)
+            return
+        partial = f"{path}.partial-{uuid.uuid4().hex}"  # a process id is not unique where hosts share a disk
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            Path(partial).unlink(missing_ok=True)
+
+
+def check_writable(address: str) -> None:
+    """Write a small file into a directory, and remove it: for work that is lost where it can't be kept.
+
+    Raises:
+        StoreError: With the reason.
+    """
+    probe = join(address, f".writable-{uuid.uuid4().hex}")
+    write_bytes(probe, bytes(4096))
+    filesystem, path = open_filesystem(probe)
+    with suppress(OSError):  # who may write may not be allowed to remove
+        filesystem.delete_file(path)
 
 
 def read_bytes(address: str) -> bytes:
     """Read a whole file.
 
     Raises:
-        StoreError: Nothing is there.
+        StoreError: Nothing is there, or it can't be read.
     """
     filesystem, path = open_filesystem(address)
-    try:
-        with filesystem.open_input_stream(path) as stream:
-            return bytes(stream.read())
-    except FileNotFoundError as error:
-        raise StoreError(f"no file at {address!r}") from error
+    with _reading(address):
+        try:
+            with filesystem.open_input_stream(path) as stream:
+                return bytes(stream.read())
+        except FileNotFoundError as error:
+            raise StoreError(f"no file at {address!r}") from error
 
 
 def upload_directory(directory: Path, address: str) -> None:
     """Copy a local directory's files below an address; the caller commits what is complete."""
     filesystem, path = open_filesystem(address)
-    filesystem.create_dir(path, recursive=True)
-    pafs.copy_files(str(directory), path, destination_filesystem=filesystem)
+    with _writing(address):
+        filesystem.create_dir(path, recursive=True)
+        pafs.copy_files(str(directory), path, destination_filesystem=filesystem)
 
 
 def write_table(address: str, table: pa.Table) -> None:
@@ -120,19 +168,25 @@ def read_table(address: str) -> pa.Table:
     """Read one Parquet file.
 
     Raises:
-        StoreError: It is missing or not Parquet.
+        StoreError: It is missing, not Parquet, or was cut or changed after it was written.
     """
+    data = read_bytes(address)
     try:
-        return pq.read_table(pa.BufferReader(read_bytes(address)))
-    except pa.ArrowInvalid as error:
-        raise StoreError(f"{address!r} is not a Parquet file: {error}") from error
+        return pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise StoreError(
+            f"{address!r} is not a Parquet file, or not a whole one: {reason}; remove it and run its job again,"
+            " which makes it anew, or restore it"
+        ) from error
 
 
 def list_names(address: str) -> list[str]:
     """Return the names in a directory, sorted; none if there is no directory."""
     filesystem, path = open_filesystem(address)
     selector = pafs.FileSelector(path, allow_not_found=True)
-    return sorted(info.base_name for info in filesystem.get_file_info(selector))
+    with _reading(address):
+        return sorted(info.base_name for info in filesystem.get_file_info(selector))
 
 
 def merkle_root(leaves: list[str]) -> str:
@@ -154,11 +208,17 @@ def read_manifest(address: str, *, kind: str) -> Manifest:
     """Read the manifest of a finished directory.
 
     Raises:
-        StoreError: The directory is unfinished, of another kind, or written by a newer version.
+        StoreError: The directory is unfinished, of another kind, or written by a newer version, or the
+            manifest was damaged.
     """
     if not is_finished(address):
         raise StoreError(f"{address!r} has no {MANIFEST}: it is unfinished; run its job again to resume it")
-    tree = json.loads(read_bytes(join(address, MANIFEST)))
+    try:
+        tree = json.loads(read_bytes(join(address, MANIFEST)))
+    except ValueError as error:
+        raise StoreError(
+            f"{join(address, MANIFEST)!r} was damaged: {error}; remove it and run its job again, or restore it"
+        ) from error
     if tree.get("format_version", 0) > FORMAT_VERSION:
         raise StoreError(
             f"{address!r} has format version {tree['format_version']}, this delia reads up to"

@@ -224,7 +224,7 @@ def _read_header(form: _Form, path: str, config: TaskConfig) -> TaskHeader:
     if form.header is not None:
         try:
             tree = yaml.safe_load(read_bytes(form.header).decode("utf-8-sig")) or {}
-        except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
+        except (OSError, StoreError, yaml.YAMLError, RecursionError, ValueError) as error:
             raise TaskFileError(f"{form.header}: not YAML in UTF-8: {error}") from error
         if not isinstance(tree, dict):
             raise TaskFileError(f"{form.header}: names with values are needed, not {type(tree).__name__}")

@@ -9,6 +9,7 @@ which finished first.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
@@ -110,11 +111,12 @@ def synthesize(
         sampling=dialogue.sampling,
         end_ids=dialogue.part(names[0])[1].chat.end_ids,
     )
-    for table in tables:
-        chunk = by_start[table["source"][0].as_py(), table["index"][0].as_py()]
-        path = join(folders[chunk.source], chunk.name)
-        write_table(path, table)
-        yield from ready.add(chunk, _to_batch(table, chunk.source, address=path))
+    with closing(tables):  # an error's traceback would keep them, and their engines
+        for table in tables:
+            chunk = by_start[table["source"][0].as_py(), table["index"][0].as_py()]
+            path = join(folders[chunk.source], chunk.name)
+            write_table(path, table)
+            yield from ready.add(chunk, _to_batch(table, chunk.source, address=path))
 
 
 def _to_batch(table: pa.Table, source: str, *, address: str) -> Batch:

@@ -1,0 +1,217 @@
+"""Kill -9 at a random moment: the pool is that of a job that nobody killed, and no finished chunk is made again.
+
+A job runs in a session of its own, so all processes of its cluster are found, whoever their parent is now.
+DELIA_FAULT_SEEDS=500 makes `make soak` as long as one likes; the name of a failed test holds its seed.
+"""
+
+import os
+import random
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from delia.store.pools import Pool, read_pool
+
+ROOT = Path(__file__).parents[2]
+DRIVER = Path(__file__).with_name("driver.py")
+driver = SimpleNamespace(**runpy.run_path(str(DRIVER)))
+KINDS = ("cluster", "driver", "engine", "node")
+NUM_SEEDS = int(os.environ.get("DELIA_FAULT_SEEDS", "50"))
+PATIENCE = 600
+"""Seconds for what takes a few on a machine with nothing else to do."""
+ENVIRONMENT = {"PYTHONPATH": str(ROOT / "platform"), "RAY_health_check_period_ms": "1000"}
+"""Ray asks its nodes more often than each 3 s whether they live, so a dead one is missed sooner."""
+
+
+def read_process(pid: int) -> tuple[int, str] | None:
+    """Return a process's parent and command line; None if it has ended."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state == "Z" else (int(parent), command)
+
+
+def kill_all(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+class Job:
+    """A job that is started, killed and started again; all its starts share one `output_dir`."""
+
+    def __init__(self, output_dir: Path, engine: str, num_nodes: int) -> None:
+        self.output_dir, self.log = output_dir, output_dir.with_suffix(".log")
+        self._arguments = [str(output_dir), engine, str(num_nodes)]
+        self._started: list[tuple[subprocess.Popen[bytes], str]] = []
+
+    def start(self) -> None:
+        ray_dir = tempfile.mkdtemp(prefix="delia-")  # short: Ray has its sockets there
+        with self.log.open("ab") as stream:
+            process = subprocess.Popen(
+                [sys.executable, str(DRIVER), *self._arguments],
+                stdout=stream,
+                stderr=stream,
+                cwd=ROOT,
+                env={**os.environ, **ENVIRONMENT, "RAY_TMPDIR": ray_dir},
+                start_new_session=True,
+            )
+        self._started.append((process, ray_dir))
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        return self._started[-1][0]
+
+    def finish(self) -> Pool:
+        assert self.process.wait(PATIENCE) == 0, self.log.read_text()[-6000:]
+        return read_pool(driver.find_pool(driver.open_space(str(self.output_dir))))
+
+    def list_chunks(self) -> dict[str, int]:
+        """Return the finished chunks, and when each was written."""
+        chunks = {}
+        for path in (self.output_dir / "candidates").glob("*/*.parquet"):
+            chunks[str(path)] = path.stat().st_mtime_ns
+        return chunks
+
+    def wait_for(self, found: Callable[[], object], what: str) -> None:
+        give_up = time.monotonic() + PATIENCE
+        while not found():
+            assert self.process.poll() is None, f"no {what}:\n{self.log.read_text()[-6000:]}"
+            assert time.monotonic() < give_up, f"no {what}:\n{self.log.read_text()[-6000:]}"
+            time.sleep(0.01)
+
+    def list_processes(self, session: int) -> dict[int, tuple[int, str]]:
+        processes = {}
+        for name in os.listdir("/proc"):
+            try:
+                if name.isdigit() and os.getsid(int(name)) == session and (item := read_process(int(name))):
+                    processes[int(name)] = item
+            except ProcessLookupError:
+                continue
+        return processes
+
+    def list_engines(self) -> list[int]:
+        processes = self.list_processes(self.process.pid).items()
+        return sorted(pid for pid, (_, command) in processes if command.startswith("ray::MapWorker"))
+
+    def find_node(self, engine: int) -> list[int]:
+        """Return all processes of the node that an engine runs on: its raylet and what that has started."""
+        processes = self.list_processes(self.process.pid)
+        found = [processes[engine][0]] if engine in processes else []
+        assert all("raylet" in processes[pid][1] for pid in found)
+        for pid in found:
+            found += [child for child, (parent, _) in processes.items() if parent == pid]
+        return found
+
+    def kill(self, kind: str, rng: random.Random, *, least: int, most: int) -> int:
+        """Kill after `least` to `most` chunks, a moment later; return how many chunks it was."""
+        num_chunks, seconds = rng.randint(least, most), rng.uniform(0, 0.3)
+        self.wait_for(lambda: len(self.list_chunks()) >= num_chunks, f"{num_chunks} chunks")
+        if kind in ("engine", "node"):
+            self.wait_for(self.list_engines, "engine")
+        time.sleep(seconds)
+        assert self.process.poll() is None, "it had ended before it was killed"
+        if kind == "cluster":
+            self.end()
+        elif kind == "driver":
+            self.process.kill()
+            self.process.wait()
+        else:
+            victims: list[int] = []
+            while not victims:
+                self.wait_for(self.list_engines, "engine")
+                engine = rng.choice(self.list_engines() or [0])
+                victims = [pid for pid in (engine,) if pid] if kind == "engine" else self.find_node(engine)
+            kill_all(victims)
+        return num_chunks
+
+    def end(self) -> None:
+        """Kill what is left of every start, and what Ray left on the disk."""
+        for process, ray_dir in self._started:
+            while pids := list(self.list_processes(process.pid)):
+                kill_all(pids)
+                time.sleep(0.01)
+            process.wait()
+            shutil.rmtree(ray_dir, ignore_errors=True)
+
+
+@pytest.fixture
+def make_job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    jobs: list[Job] = []
+
+    def make(name: str = "killed", *, engine: str = "scripted", num_nodes: int = 0) -> Job:
+        jobs.append(Job(tmp_path / name, engine, num_nodes))
+        jobs[-1].start()
+        return jobs[-1]
+
+    yield make
+    for job in jobs:
+        job.end()
+
+
+@pytest.fixture
+def whole(local_stage, tmp_path: Path) -> Pool:
+    """The pool of a job that nobody kills, made in this process."""
+    local_stage()
+    engine = driver.ENGINES["scripted"].model_copy(update={"scripted": driver.ScriptedConfig()})
+    space = driver.open_space(str(tmp_path / "whole"))
+    return driver.build_pool(driver.POOL, space, engine=engine, log=lambda metrics, step: None)
+
+
+def check_survival(job: Job, kinds: tuple[str, ...], whole: Pool, *, seed: int) -> None:
+    """Kill a job once for each kind, start it again where the driver died, and compare the pool."""
+    rng = random.Random(seed)
+    finished: dict[str, int] = {}
+    least = 0
+    for number, kind in enumerate(kinds, 1):
+        most = max(least, (driver.NUM_CHUNKS - 3) * number // len(kinds))
+        least = job.kill(kind, rng, least=least, most=most)
+        finished |= job.list_chunks()
+        if kind in ("cluster", "driver"):
+            job.start()
+    pool = job.finish()
+
+    assert pool.manifest.root == whole.manifest.root
+    assert pool.rows == whole.rows
+    assert pool.manifest.counts == whole.manifest.counts
+    now = job.list_chunks()
+    assert {path: now.get(path) for path in finished} == finished, "a finished chunk was made again"
+
+
+@pytest.mark.system
+def test_a_job_that_is_killed_with_its_cluster_and_then_alone_makes_the_pool_of_a_whole_one(make_job, whole):
+    check_survival(make_job(), ("cluster", "driver"), whole, seed=1)
+
+
+@pytest.mark.system
+def test_a_job_that_loses_an_engine_and_then_a_node_goes_on_to_the_pool_of_a_whole_one(make_job, whole):
+    check_survival(make_job(num_nodes=2), ("engine", "node"), whole, seed=2)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(NUM_SEEDS))
+def test_a_job_that_is_killed_at_a_random_moment_makes_the_pool_of_a_whole_one(make_job, whole, seed):
+    kind = KINDS[seed % len(KINDS)]
+    check_survival(make_job(num_nodes=2 if kind == "node" else 0), (kind,), whole, seed=1000 + seed)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3 * PATIENCE)
+@pytest.mark.parametrize(("seed", "kind"), list(enumerate(("cluster", "driver", "engine"))))
+def test_a_job_on_vllm_that_is_killed_at_a_random_moment_makes_the_pool_of_a_whole_one(make_job, seed, kind):
+    whole = make_job("whole", engine="vllm").finish()
+
+    check_survival(make_job(engine="vllm"), (kind,), whole, seed=2000 + seed)
