@@ -59,6 +59,16 @@ class SynthesisContext:
         """Return a completion's text."""
         return self.chat.decode(completion.token_ids)
 
+    def answer(self, index: int, completions: Sequence[Completion]) -> Request | Row | Rejection:
+        """Have the instruction answered that the first completion wrote: the last turns of many methods."""
+        text = self.say(completions[0])
+        if not text or completions[0].finish_reason != "stop":
+            return self.reject(index, "unfinished" if text else "no_instruction", text, completions)
+        question = (Message(role="user", content=text),)
+        if len(completions) == 1:
+            return self.ask(index, question, turn="answer")
+        return self.row(index, question, completions)
+
     def row(
         self,
         index: int,

@@ -53,13 +53,7 @@ class AttributeGrid:
             wishes = [f"{name}: {value}" for name, value in self.choose(index).items()]
             prompt = "\n".join((self.request, *wishes))
             return context.ask(index, (Message(role="user", content=prompt),), turn="instruction")
-        text = context.say(completions[0])
-        if not text or completions[0].finish_reason != "stop":
-            return context.reject(index, "unfinished" if text else "no_instruction", text, completions)
-        question = (Message(role="user", content=text),)
-        if len(completions) == 1:
-            return context.ask(index, question, turn="answer")
-        return context.row(index, question, completions)
+        return context.answer(index, completions)
 
     def choose(self, index: int) -> dict[str, str]:
         """Return the attributes of a candidate."""

@@ -43,20 +43,13 @@ class EvolInstruct:
             prompt = f"{operation} {self.ending}\n{old}"
             return context.ask(index, (Message(role="user", content=prompt),), turn="instruction")
         text = context.say(completions[0])
-        fault = self._find_fault(text, old, completions[0])
+        fault = self._find_fault(text, old)
         if fault:
             return context.reject(index, fault, text, completions)
-        question = (Message(role="user", content=text),)
-        if len(completions) == 1:
-            return context.ask(index, question, turn="answer")
-        return context.row(index, question, completions)
+        return context.answer(index, completions)
 
-    def _find_fault(self, text: str, old: str, completion: Completion) -> str | None:
+    def _find_fault(self, text: str, old: str) -> str | None:
         """Return why an evolved instruction is thrown away: the paper's rules that need no judge."""
-        if not text:
-            return "no_instruction"
-        if completion.finish_reason != "stop":
-            return "unfinished"
         if text == old:
             return "unchanged"
         return "copies_the_request" if any(part in text for part in (self.ending, *self.operations)) else None

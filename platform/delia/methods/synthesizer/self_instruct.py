@@ -32,13 +32,7 @@ class SelfInstruct:
             return context.ask(
                 index, (Message(role="user", content=self._show(context, index)),), turn="task"
             )
-        text = context.say(completions[0])
-        if not text or completions[0].finish_reason != "stop":
-            return context.reject(index, "unfinished" if text else "no_instruction", text, completions)
-        question = (Message(role="user", content=text),)
-        if len(completions) == 1:
-            return context.ask(index, question, turn="answer")
-        return context.row(index, question, completions)
+        return context.answer(index, completions)
 
     def _show(self, context: SynthesisContext, index: int) -> str:
         rng = make_random("self_instruct", context.row_id(index))
