@@ -22,7 +22,7 @@ import pytest
 from delia.store.pools import Pool, read_pool
 
 ROOT = Path(__file__).parents[2]
-DRIVER = Path(__file__).with_name("driver.py")
+DRIVER = Path(__file__).with_name("pool_driver.py")
 driver = SimpleNamespace(**runpy.run_path(str(DRIVER)))
 KINDS = ("cluster", "driver", "engine", "node")
 NUM_SEEDS = int(os.environ.get("DELIA_FAULT_SEEDS", "50"))

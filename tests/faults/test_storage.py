@@ -19,7 +19,7 @@ from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.rng import make_random
 from delia.store.pools import Pool
 
-driver = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("driver.py"))))
+driver = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("pool_driver.py"))))
 NUM_WRITES = 1 + driver.NUM_CHUNKS + 3
 """A probe, the chunks of two rounds when they are made in order, and the pool's tables and manifest."""
 

@@ -1,6 +1,6 @@
 """A driver to be killed: makes one pool in two rounds on a Ray cluster of its own, and prints the pool's root.
 
-python driver.py output_dir scripted|vllm [number of nodes]
+python pool_driver.py output_dir scripted|vllm [number of nodes]
 
 With nodes, the head has no CPU, and each other node has room for both replicas: one may be lost.
 """
