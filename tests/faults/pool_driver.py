@@ -68,7 +68,7 @@ ENGINES = {
     "scripted": EngineConfig(
         kind="scripted", num_replicas=2, scripted=ScriptedConfig(seconds_per_request=0.05)
     ),
-    "vllm": EngineConfig(kind="vllm", num_replicas=2, max_model_len=256),
+    "vllm": EngineConfig(kind="vllm", num_replicas=2),
 }
 
 

@@ -64,6 +64,7 @@ def write_stored_candidates(
         sources=config.sources,
         sampling=config.sampling,
         model=space.model,
+        max_length=config.max_length,
         task_tokens=dict(space.chat.token_ids),
         tokens=tuple(space.chat.token_ids),
         seed_tasks=space.task.rows_by_split["train"],

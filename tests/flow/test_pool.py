@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from delia.config import MethodConfig
 from delia.curate.pipeline import CurateConfig
 from delia.curate.stopping import StopConfig
-from delia.errors import PoolError
+from delia.errors import ConfigError, PoolError
 from delia.flow.pool import PoolConfig, build_pool, pool_fingerprint
 from delia.flow.workspace import Workspace, open_workspace
 from delia.generate.engine import EngineConfig, SamplingConfig
@@ -200,7 +201,7 @@ def test_the_last_metrics_that_are_logged_are_those_of_the_pool(built, resumable
 
 def test_a_changed_rule_curates_the_stored_candidates_again_into_a_pool_of_its_own(built, resumable):
     short = LOOSE.model_copy(update={"max_output_tokens": 14})
-    strict = make_config(num_rows=4, max_candidates=32, curate=short)
+    strict = make_config(num_rows=4, max_candidates=64, curate=short)
     pool = build(resumable, strict, num_replicas=None)
     reasons = Counter(item.reason for item in read_back(resumable, strict))
 
@@ -257,9 +258,9 @@ def test_a_source_that_runs_out_is_an_error_with_the_numbers_and_leaves_no_pool(
     message = str(refused.value)
     assert message.startswith("source 'web' gave ")
     num_accepted = int(message.split()[3])
-    num_unfinished = int(message.partition("'unfinished': ")[2].partition("}")[0])
+    num_rejected = sum(map(int, re.findall(r"'\w+': (\d+)", message)))
     assert f" {num_accepted} of 400 rows before its candidates ran out" in message
-    assert num_accepted + num_unfinished == 16
+    assert num_accepted + num_rejected == 16
     assert "raise max_candidates, loosen curate or stop, or ask for fewer rows" in message
     assert not is_finished(resumable.address("pools", pool_fingerprint(config, resumable)))
 
@@ -380,10 +381,35 @@ def test_a_source_that_ends_with_nothing_is_an_error(space, tmp_path):
 
 def test_a_prompt_without_room_is_a_named_rejection_and_ends_no_job(space, local_stage):
     local_stage()
-    engine = EngineConfig(kind="scripted", max_model_len=30)
     config = make_pool_config(WEB.model_copy(update={"num_rows": 100, "max_candidates": 8}))
+    short = config.model_copy(update={"synthesize": config.synthesize.model_copy(update={"max_length": 30})})
     with pytest.raises(PoolError, match=r"rejected: {.*'prompt_too_long': \d"):
-        build_pool(config, space, engine=engine, log=lambda metrics, step: None)
+        build(space, short)
+
+
+def test_the_engines_own_limit_decides_no_text(opened, local_stage, tmp_path):
+    local_stage()
+    synthesize = make_pool_config(WEB).synthesize.model_copy(update={"max_length": 50})
+    config = make_pool_config(WEB).model_copy(update={"synthesize": synthesize})
+    roots = []
+    for max_model_len in (50, 512):
+        space = dataclasses.replace(opened, output_dir=str(tmp_path / str(max_model_len)))
+        engine = EngineConfig(kind="scripted", max_model_len=max_model_len)
+        roots.append(build_pool(config, space, engine=engine, log=lambda metrics, step: None).manifest.root)
+        reasons = Counter(item.reason for item in read_back(space, config))
+
+    assert roots[0] == roots[1]
+    assert reasons["unfinished"] + reasons["prompt_too_long"] > 0
+    with pytest.raises(ConfigError, match=r"max_length=50 is over engine\.max_model_len=49"):
+        engine = EngineConfig(kind="scripted", max_model_len=49)
+        build_pool(
+            make_pool_config(WEB).model_copy(
+                update={"synthesize": synthesize.model_copy(update={"chunk_size": 4})}
+            ),
+            opened,
+            engine=engine,
+            log=lambda metrics, step: None,
+        )
 
 
 # ---- the real engine
@@ -398,7 +424,7 @@ def test_two_replicas_of_vllm_write_the_256_candidates_and_the_pool_of_one(clust
         max_candidates=256,
     )
     sampling = SamplingConfig(max_tokens=64)
-    synthesize = SynthesizeConfig(sources=(source,), sampling=sampling, chunk_size=64)
+    synthesize = SynthesizeConfig(sources=(source,), sampling=sampling, chunk_size=64, max_length=256)
     everything = PoolConfig(
         synthesize=synthesize.model_copy(update={"sources": (source.model_copy(update={"num_rows": 256}),)}),
         curate=LOOSE.model_copy(update={"max_prompt_tokens": 1}),

@@ -45,7 +45,7 @@ def make_config(*sources: SourceConfig, chunk_size: int = 8, max_tokens: int = 1
 
 
 def make_dialogue(config: SynthesizeConfig, **fields: object) -> Dialogue:
-    own = {"model": STARTER, "seed_tasks": (SEED,), **fields}
+    own = {"model": STARTER, "seed_tasks": (SEED,), "max_length": config.max_length, **fields}
     return Dialogue(sources=config.sources, sampling=config.sampling, **own)
 
 
@@ -192,6 +192,7 @@ def test_whatever_decides_the_text_changes_the_recipe(tmp_path):
         find_recipe(make_config(make_source(system="other"))),
         find_recipe(make_config(max_tokens=17)),
         find_recipe(make_config(), model=ModelConfig(path=str(weights))),
+        find_recipe(make_config(), max_length=511),
         find_recipe(make_config(), long_instruction="at length"),
         find_recipe(make_config(), seed_tasks=(dataclasses.replace(SEED, messages=other_text),)),
         find_recipe(make_config(), seed_tasks=(dataclasses.replace(SEED, phrasing="fox"),)),

@@ -17,7 +17,7 @@ from itertools import chain
 from delia.config import FrozenConfig, fingerprint
 from delia.curate.pipeline import CurateConfig
 from delia.curate.stopping import ENOUGH_ROWS, StopConfig, StopRule
-from delia.errors import PoolError
+from delia.errors import ConfigError, PoolError
 from delia.flow.curation import Curation, open_curation
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
@@ -77,12 +77,15 @@ def build_pool(
 
     Raises:
         PoolError: A source ran out of candidates before it had enough rows, with the numbers.
+        ConfigError: The engine admits fewer ids than `max_length`.
         StoreError: `output_dir` can't be written, or a stored file was damaged.
     """
     name = pool_fingerprint(config, space)
     address = space.address("pools", name)
     if is_finished(address):
         return read_pool(address)
+    if engine is not None:
+        check_room(config, engine)
     check_writable(space.output_dir)
     started = time.monotonic()
     growth = _Growth()
@@ -109,6 +112,20 @@ def build_pool(
     num_seen = num_rows + len(growth.rejections)
     log({"synthesize/seconds": time.monotonic() - started, **metrics}, num_seen)
     return read_pool(address)
+
+
+def check_room(config: PoolConfig, engine: EngineConfig) -> None:
+    """Refuse an engine that admits fewer ids than candidates may have.
+
+    Raises:
+        ConfigError: With both limits.
+    """
+    max_length = config.synthesize.max_length
+    if engine.max_model_len < max_length:
+        raise ConfigError(
+            f"pool.synthesize.max_length={max_length} is over engine.max_model_len={engine.max_model_len};"
+            " raise engine.max_model_len, as far as the model goes, or lower max_length"
+        )
 
 
 def account(cost: Cost, num_rows: int, engine: EngineConfig | None) -> dict[str, float]:
@@ -147,6 +164,7 @@ def _generate(
         sources=written,
         sampling=config.synthesize.sampling,
         model=written[0].model or space.model,
+        max_length=config.synthesize.max_length,
         task_tokens={} if written[0].model else tokens,  # another model has no rows for them
         tokens=tuple(tokens),
         seed_tasks=space.task.rows_by_split["train"],

@@ -12,7 +12,7 @@ from delia.curate.language import find_languages
 from delia.errors import ConfigError
 from delia.evaluate.harness import EvaluateConfig
 from delia.evaluate.scoring import METRICS
-from delia.flow.pool import PoolConfig
+from delia.flow.pool import PoolConfig, check_room
 from delia.flow.trial import ArmConfig, encode_rows
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
@@ -70,6 +70,8 @@ def check_rows(
     """
     check_lengths(space, arms, engine=engine, evaluate=evaluate)
     check_pool_lengths(space, arms, pool)
+    if pool is not None:
+        check_room(pool, engine)
 
 
 def check_metrics(task: Task) -> None:

@@ -5,7 +5,7 @@
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
@@ -13,9 +13,9 @@ from delia.chat import ChatEncoder, load_chat
 from delia.config import build_method, fingerprint
 from delia.errors import ConfigError, PoolError
 from delia.generate.attempts import Ask
-from delia.generate.engine import FAULTS, Completion, Request, SamplingConfig
+from delia.generate.engine import FAULTS, PROMPT_TOO_LONG, Completion, Request, SamplingConfig
 from delia.rng import hash_text
-from delia.schema import Row, SeedTask, hash_messages
+from delia.schema import Rejection, Row, SeedTask, hash_messages
 from delia.store.models import ModelConfig, identify_model, resolve_model
 from delia.store.pools import COST_SCHEMA, Candidate, to_candidate_table
 from delia.synthesize.socket import SynthesisContext, Synthesizer
@@ -38,6 +38,7 @@ class Dialogue:
     sources: tuple[SourceConfig, ...]
     sampling: SamplingConfig
     model: ModelConfig
+    max_length: int
     task_tokens: dict[str, int] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
     seed_tasks: tuple[SeedTask, ...] = ()
@@ -79,6 +80,7 @@ class Dialogue:
             recipe=fingerprint(
                 source.synthesizer,
                 self.sampling,
+                str(self.max_length),
                 identify_model(self.model),
                 chat.template_hash,
                 hash_text(*texts),
@@ -110,6 +112,8 @@ class Dialogue:
                     if index not in closed:
                         step = method(context, index, said[index])
                         if isinstance(step, Request):
+                            step = self._fit(context, index, step)
+                        if isinstance(step, Request):
                             requests[index] = step
                         else:
                             closed[index] = step
@@ -124,6 +128,16 @@ class Dialogue:
             f"source {chunk['source']!r}: {type(method).__name__} asked for more than {MAX_TURNS} turns of one"
             " candidate; a method must close its candidates"
         )
+
+    def _fit(self, context: SynthesisContext, index: int, request: Request) -> Request | Rejection:
+        """Bound an answer by the room that its prompt leaves, or reject a prompt that leaves none."""
+        num_ids = len(request.prompt_ids)
+        room = self.max_length - num_ids
+        if room < 1:
+            text = f"the prompt has {num_ids} ids, synthesize.max_length={self.max_length} leaves no room"
+            return context.reject(index, PROMPT_TOO_LONG, text)
+        wanted = self.sampling.max_tokens if request.max_tokens is None else request.max_tokens
+        return replace(request, max_tokens=room) if wanted > room else request
 
 
 def _to_table(candidates: list[Candidate], said: list[list[Completion]]) -> pa.Table:

@@ -40,10 +40,15 @@ class SourceConfig(FrozenConfig):
 
 
 class SynthesizeConfig(FrozenConfig):
-    """What is synthesised; `chunk_size` candidates are generated and kept at a time."""
+    """What is synthesised; `chunk_size` candidates are generated and kept at a time.
+
+    A prompt and its answer have at most `max_length` ids together: the engine's own limit, which may be
+    higher, must not decide what a candidate says.
+    """
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     sampling: SamplingConfig = SamplingConfig()
+    max_length: int = Field(default=512, gt=1)
     chunk_size: int = Field(default=256, gt=0)
 
     @model_validator(mode="after")
