@@ -313,6 +313,20 @@ def test_requests_with_and_without_an_adapter_are_answered_in_one_batch(
     assert count_changed(answers[::3], base[::3]) > 0
 
 
+def test_callers_with_different_adapters_at_the_same_time_get_each_its_own(
+    vllm_engine, requests, chat, tmp_path
+):
+    addresses = [write_plain_adapter(tmp_path / str(scale), scale=float(scale)) for scale in range(4)]
+    parts = [[dataclasses.replace(item, adapter=address) for item in requests[:4]] for address in addresses]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(
+            pool.map(lambda part: vllm_engine.generate(part, GREEDY, end_ids=chat.end_ids), parts)
+        )
+
+    assert together == [vllm_engine.generate(part, GREEDY, end_ids=chat.end_ids) for part in parts]
+    assert count_changed(together[0], together[3]) > 0
+
+
 def spoil_config(directory, **entries) -> None:
     path = directory / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))

@@ -81,6 +81,7 @@ class VllmEngine:
         import vllm
 
         self._adapter_ids: dict[str, int] = {}
+        self._adapters_lock = threading.Lock()
         lora: dict[str, Any] = {}
         if config.lora_rank is not None:
             lora = {
@@ -181,11 +182,12 @@ class VllmEngine:
             return None
         from vllm.lora.request import LoRARequest
 
-        if address not in self._adapter_ids:
-            # an adapter that vLLM refuses kills the whole engine, so it is checked before
-            check_servable(fetch_adapter(address))
-            self._adapter_ids[address] = len(self._adapter_ids) + 1
-        number = self._adapter_ids[address]
+        with self._adapters_lock:  # two callers must not give one number to two adapters
+            if address not in self._adapter_ids:
+                # an adapter that vLLM refuses kills the whole engine, so it is checked before
+                check_servable(fetch_adapter(address))
+                self._adapter_ids[address] = len(self._adapter_ids) + 1
+            number = self._adapter_ids[address]
         return LoRARequest(f"adapter-{number}", number, str(Path(fetch_adapter(address))))
 
 
