@@ -173,14 +173,14 @@ class Timed:
 
 
 def give_source(questions: list[str], folder: Path) -> SourceConfig:
-    """Return a source that is a file of questions; half of them, at least, are accepted."""
+    """Return a source that is a file of questions; a third of them, at least, are accepted."""
     path = folder / "questions.jsonl"
     rows = [
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "-"}]}
         for text in questions
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    return SourceConfig(name="given", rows=TaskConfig(path=str(path)), num_rows=len(questions) // 2)
+    return SourceConfig(name="given", rows=TaskConfig(path=str(path)), num_rows=len(questions) // 3)
 
 
 def accept_questions(given: SourceConfig, space: Workspace) -> list[str]:
@@ -230,7 +230,7 @@ def measure_pipeline(given: SourceConfig, space: Workspace) -> Measured:
 def measure_all(folder: Path, task: Task, *, num_prompts: int) -> list[Measured]:
     """Return every way of generating, on the same prompts, one after the other."""
     space = open_workspace(str(folder / "runs"), MODEL, task)
-    given = give_source(draw_questions(2 * num_prompts), folder)
+    given = give_source(draw_questions(3 * num_prompts), folder)
     prompts = [
         space.chat.encode_prompt((Message(role="user", content=text),))
         for text in accept_questions(given, space)

@@ -31,7 +31,7 @@ from delia.train.launch import forward_log, run_training
 from delia.train.loop import TrainInput, pad_rows
 from delia.train.settings import StageConfig, TrainConfig
 
-NUM_PROMPTS = 16384
+NUM_PROMPTS = 8192
 NUM_STEPS = 60
 RESULTS = Path(__file__).with_name("RESULTS.md")
 MODEL = ModelConfig(path="package://delia.starter/weights")
