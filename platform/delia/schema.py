@@ -102,6 +102,10 @@ class Row:
         return hash_text(self.row_id, hash_messages(self.messages), self.finish_reason)
 
 
+MAX_REJECTED_TEXT = 2000
+"""Characters that are kept of what was rejected."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rejection:
     """A candidate that did not become a row of the pool, and why; kept and counted."""

@@ -11,9 +11,8 @@ from pydantic import ValidationError
 
 from delia.curate.dedup import make_shingles, measure_jaccard
 from delia.curate.pipeline import Candidate, CurateConfig, Curator
-from delia.curate.rejection import MAX_REJECTED_TEXT
 from delia.curate.stopping import StopConfig, StopRule
-from delia.schema import Message, Rejection, Row, SeedTask
+from delia.schema import MAX_REJECTED_TEXT, Message, Rejection, Row, SeedTask
 
 HELD_OUT = SeedTask(task_id="t0", messages=(Message(role="user", content="a b c d"),))
 CONFIG = CurateConfig(near_duplicate_threshold=0.6, overlap_ngram=4, max_output_tokens=9)

@@ -18,6 +18,14 @@ from delia.curate.dedup import (
 LONG = [f"w{i}" for i in range(40)]
 
 
+def admit(seen: SeenInstructions, instruction: str) -> str | None:
+    """Compare an instruction, and remember it where nothing speaks against it."""
+    reason = seen.compare(instruction)
+    if reason is None:
+        seen.remember(instruction)
+    return reason
+
+
 def change_word(words: list[str], place: int, word: str = "other") -> str:
     return " ".join([*words[:place], word, *words[place + 1 :]])
 
@@ -38,9 +46,9 @@ def test_jaccard_of_sets_worked_by_hand(a: str, b: str, similarity: float):
 def test_an_instruction_comes_in_once_whatever_its_case_and_white_space():
     seen = SeenInstructions(threshold=None)
 
-    assert seen.admit("What is  the capital ?") is None
-    assert seen.admit("what is the CAPITAL\n?") == DUPLICATE
-    assert seen.admit("what is a capital ?") is None
+    assert admit(seen, "What is  the capital ?") is None
+    assert admit(seen, "what is the CAPITAL\n?") == DUPLICATE
+    assert admit(seen, "what is a capital ?") is None
 
 
 def test_the_numbers_of_the_module_header_hold():
@@ -59,9 +67,9 @@ def test_a_pair_on_the_threshold_is_a_near_duplicate_and_below_it_is_not(
     threshold: float | None, reason: str | None
 ):
     seen = SeenInstructions(threshold=threshold)
-    seen.admit(" ".join(LONG))
+    admit(seen, " ".join(LONG))
 
-    assert seen.admit(change_word(LONG, 20)) == reason
+    assert admit(seen, change_word(LONG, 20)) == reason
 
 
 def test_a_refused_instruction_is_not_remembered():
@@ -69,9 +77,9 @@ def test_a_refused_instruction_is_not_remembered():
     a, b, c = " ".join(LONG), change_word(LONG, 12), change_word(change_word(LONG, 12).split(), 28)
     seen = SeenInstructions(threshold=0.8)
 
-    assert [seen.admit(text) for text in (a, b, c)] == [None, NEAR_DUPLICATE, None]
+    assert [admit(seen, text) for text in (a, b, c)] == [None, NEAR_DUPLICATE, None]
     fresh = SeenInstructions(threshold=0.8)
-    assert [fresh.admit(text) for text in (b, c)] == [None, NEAR_DUPLICATE]
+    assert [admit(fresh, text) for text in (b, c)] == [None, NEAR_DUPLICATE]
 
 
 def test_the_size_of_the_word_ngrams_decides_what_is_near():
@@ -79,9 +87,9 @@ def test_the_size_of_the_word_ngrams_decides_what_is_near():
     by_word = SeenInstructions(threshold=0.95, ngram=1)
     by_trigram = SeenInstructions(threshold=0.95, ngram=3)
 
-    assert [seen.admit(" ".join(LONG)) for seen in (by_word, by_trigram)] == [None, None]
-    assert by_word.admit(change_word(LONG, 20)) == NEAR_DUPLICATE
-    assert by_trigram.admit(change_word(LONG, 20)) is None
+    assert [admit(seen, " ".join(LONG)) for seen in (by_word, by_trigram)] == [None, None]
+    assert admit(by_word, change_word(LONG, 20)) == NEAR_DUPLICATE
+    assert admit(by_trigram, change_word(LONG, 20)) is None
 
 
 @pytest.mark.parametrize(
@@ -135,7 +143,7 @@ def test_minhash_finds_what_brute_force_finds_among_2000_instructions(threshold:
     num_due = num_found = 0
     for number, text in enumerate(texts):
         is_near = bool((similarity[number, accepted] >= threshold).any())
-        reason = seen.admit(text)
+        reason = admit(seen, text)
         assert reason is None or is_near, f"{text!r} resembles no accepted text"
         num_due += is_near
         num_found += reason == NEAR_DUPLICATE

@@ -1,6 +1,6 @@
 """Duplicates among accepted instructions: exact ones, and near ones by word n-grams.
 
-    instruction --SeenInstructions.admit-->  "duplicate" | "near_duplicate" | None, then it is remembered
+    instruction --SeenInstructions.compare-->  "duplicate" | "near_duplicate" | None, then it may be remembered
 
 Near-duplicates are pairs whose sets of word n-grams have a Jaccard similarity at or above a threshold.
 MinHash only proposes pairs; each is then measured exactly, so nothing is rejected on an estimate. An
@@ -93,13 +93,6 @@ class SeenInstructions:
             self._index.insert(len(self._texts), self._sketch(text))
         self._number_by_text[text] = len(self._texts)
         self._texts.append(text)
-
-    def admit(self, instruction: str) -> str | None:
-        """Return why an instruction is refused, or remember it and return None."""
-        reason = self.compare(instruction)
-        if reason is None:
-            self.remember(instruction)
-        return reason
 
     def _sketch(self, text: str) -> RMinHash:
         if self._latest[0] != text:  # `remember` mostly follows `compare` of the same text

@@ -1,9 +1,6 @@
 """A row that is not taken, as the pool keeps it: Row + reason -> Rejection."""
 
-from delia.schema import Rejection, Row
-
-MAX_REJECTED_TEXT = 2000
-"""Characters that are kept of a rejected row's instruction."""
+from delia.schema import MAX_REJECTED_TEXT, Rejection, Row
 
 
 def reject(row: Row, reason: str) -> Rejection:

@@ -154,7 +154,7 @@ def _generate(
     size = config.synthesize.chunk_size
     for source in sources:
         if source.rows is not None:
-            yield from read_imported(source, size=size)
+            yield from read_imported(source.name, source.rows, size=size)
     written = tuple(source for source in sources if source.rows is None)
     if not written:
         return

@@ -24,21 +24,25 @@ def load_adapted(config: ModelConfig, adapter: Path) -> PreTrainedModel:
     return cast(PreTrainedModel, model)  # it answers to everything that is asked of it here
 
 
+def pad_sequences(sequences: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> tuple[Tensor, Tensor]:
+    """Return ids and masks [B, T] of at least one sequence, padded with 0 and False on the right."""
+    length = max(len(ids) for ids, _ in sequences)
+    ids_BT = torch.zeros((len(sequences), length), dtype=torch.long)
+    mask_BT = torch.zeros((len(sequences), length), dtype=torch.bool)
+    for position, (ids, mask) in enumerate(sequences):
+        ids_BT[position, : len(ids)] = torch.tensor(ids)
+        mask_BT[position, : len(ids)] = torch.tensor(mask)
+    return ids_BT, mask_BT
+
+
 def batch_sequences(
     sequences: Sequence[tuple[list[int], list[bool]]], *, size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yield batches of sequences of like length: their places, ids and masks, padded with 0 on the right."""
+    """Yield batches of sequences of like length: their places, ids and masks (`pad_sequences`)."""
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index][0]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
-        length = max(len(sequences[index][0]) for index in chosen)
-        ids_BT = torch.zeros((len(chosen), length), dtype=torch.long)
-        mask_BT = torch.zeros((len(chosen), length), dtype=torch.bool)
-        for position, index in enumerate(chosen):
-            ids, mask = sequences[index]
-            ids_BT[position, : len(ids)] = torch.tensor(ids)
-            mask_BT[position, : len(ids)] = torch.tensor(mask)
-        yield chosen, ids_BT, mask_BT
+        yield chosen, *pad_sequences([sequences[index] for index in chosen])
 
 
 @torch.no_grad()

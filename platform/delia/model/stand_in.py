@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from delia.model.logprobs import pad_sequences
+
 Sequences = Sequence[tuple[Sequence[int], Sequence[bool]]]
 
 MAX_PASS_TOKENS = 4096
@@ -34,25 +36,15 @@ def _choose_rows(rows: Sequences, token_id: int, *, num_rows: int, max_tokens: i
     return chosen
 
 
-def _pad(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    length = max(len(ids) for ids, _ in sequences)
-    ids_BT = torch.zeros((len(sequences), length), dtype=torch.long)
-    mask_BT = torch.zeros((len(sequences), length), dtype=torch.bool)
-    for index, (ids, mask) in enumerate(sequences):
-        ids_BT[index, : len(ids)] = torch.tensor(ids)
-        mask_BT[index, : len(ids)] = torch.tensor(mask)
-    return ids_BT, mask_BT
-
-
 def _split_passes(sequences: Sequences) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield padded ids and masks, rows of like length together, each pass within `MAX_PASS_TOKENS`."""
     waiting: list[tuple[Sequence[int], Sequence[bool]]] = []
     for ids, mask in sorted(sequences, key=lambda row: len(row[0])):
         if waiting and (len(waiting) + 1) * len(ids) > MAX_PASS_TOKENS:
-            yield _pad(waiting)
+            yield pad_sequences(waiting)
             waiting = []
         waiting.append((ids, mask))
-    yield _pad(waiting)
+    yield pad_sequences(waiting)
 
 
 def _logits_at(model: PreTrainedModel, ids_BT: Tensor, is_read_BT: Tensor) -> tuple[Tensor, Tensor]:

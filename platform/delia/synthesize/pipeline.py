@@ -17,10 +17,10 @@ import pyarrow as pa
 from delia.generate.engine import EngineConfig
 from delia.generate.pipeline import run_script
 from delia.rng import hash_text
-from delia.schema import Rejection, Row, hash_messages
+from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, hash_messages
 from delia.store.pools import Candidate, Cost, from_candidate_table, sum_cost
 from delia.store.tables import join, list_names, read_table, write_table
-from delia.store.tasks import read_task
+from delia.store.tasks import TaskConfig, read_task
 from delia.synthesize.dialogue import Dialogue
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
@@ -125,31 +125,29 @@ def _to_batch(table: pa.Table, source: str, *, address: str) -> Batch:
     return Batch(candidates=tuple(replace(item, source=source) for item in candidates), cost=sum_cost(table))
 
 
-def read_imported(source: SourceConfig, *, size: int) -> Iterator[Batch]:
+def read_imported(source: str, file: TaskConfig, *, size: int) -> Iterator[Batch]:
     """Yield all rows of a source that is a file, in the file's order; they cost nothing.
 
     Of a task that has splits these are the train rows.
 
     An imported row is known by its content: its id is the hash of source, licence and messages.
     """
-    if source.rows is None:
-        return
     candidates: list[Candidate] = []
-    whole = source.rows.model_copy(update={"dev_fraction": 0.0, "test_fraction": 0.0})
+    whole = file.model_copy(update={"dev_fraction": 0.0, "test_fraction": 0.0})
     for index, item in enumerate(read_task(whole).rows_by_split["train"]):
-        row_id = hash_text(source.name, item.licence, hash_messages(item.messages))
+        row_id = hash_text(source, item.licence, hash_messages(item.messages))
         if item.reference is None:
             candidates.append(
                 Rejection(
                     row_id=row_id,
                     index=index,
-                    source=source.name,
+                    source=source,
                     reason="no_answer",
-                    text=item.messages[-1].content[:2000],
+                    text=item.messages[-1].content[:MAX_REJECTED_TEXT],
                 )
             )
         else:
-            candidates.append(Row(row_id=row_id, index=index, source=source.name, messages=item.messages))
+            candidates.append(Row(row_id=row_id, index=index, source=source, messages=item.messages))
     for start in range(0, len(candidates), size):
         yield Batch(candidates=tuple(candidates[start : start + size]))
 

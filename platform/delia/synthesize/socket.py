@@ -9,12 +9,13 @@ on, `closed`, are accepted rows of sources that are finished.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from delia.chat import ChatEncoder
 from delia.generate.engine import Completion, Request
 from delia.rng import derive_seed, hash_text
-from delia.schema import Message, Messages, Rejection, Row, SeedTask
+from delia.schema import MAX_REJECTED_TEXT, Message, Messages, Rejection, Row, SeedTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +50,28 @@ class SynthesisContext:
         """Return a text with a word in the place of the task's token, which no model knows yet."""
         return text.replace(self.token, stand_in) if self.token else text
 
-    def list_chats(self) -> list[Messages]:
-        """Return what a method that feeds on rows reads: the closed rounds, or the task's rows without them."""
+    @cached_property
+    def chats(self) -> tuple[Messages, ...]:
+        """What a method that feeds on rows reads: the closed rounds, or the task's rows without them."""
         if self.closed:
-            return [row.messages for row in self.closed]
-        return [task.messages for task in self.seed_tasks if task.reference is not None]
+            return tuple(row.messages for row in self.closed)
+        return tuple(task.messages for task in self.seed_tasks if task.reference is not None)
 
     def say(self, completion: Completion) -> str:
         """Return a completion's text."""
         return self.chat.decode(completion.token_ids)
 
-    def answer(self, index: int, completions: Sequence[Completion]) -> Request | Row | Rejection:
-        """Have the instruction answered that the first completion wrote: the last turns of many methods."""
+    def answer(
+        self, index: int, completions: Sequence[Completion], *, before: Messages = ()
+    ) -> Request | Row | Rejection:
+        """Have the instruction answered that the first completion wrote: the last turns of many methods.
+
+        `before` are the turns before the instruction.
+        """
         text = self.say(completions[0])
         if not text or completions[0].finish_reason != "stop":
             return self.reject(index, "unfinished" if text else "no_instruction", text, completions)
-        question = (Message(role="user", content=text),)
+        question = (*before, Message(role="user", content=text))
         if len(completions) == 1:
             return self.ask(index, question, turn="answer")
         return self.row(index, question, completions)
@@ -103,7 +110,7 @@ class SynthesisContext:
             index=index,
             source=self.source,
             reason=reason,
-            text=text[:2000],
+            text=text[:MAX_REJECTED_TEXT],
             num_output_tokens=sum(len(item.token_ids) for item in completions),
         )
 

@@ -32,10 +32,9 @@ class Answering:
         self, context: SynthesisContext, index: int, completions: Sequence[Completion]
     ) -> Request | Row | Rejection:
         """Ask the question of one row; keep the answer."""
-        chats = context.list_chats()
-        if index >= len(chats):
+        if index >= len(context.chats):
             return context.reject(index, "no_more_instructions", "")
-        *question, reference = chats[index]
+        *question, reference = context.chats[index]
         if completions:
             return context.row(index, tuple(question), completions)
         prompt: Messages = tuple(question)

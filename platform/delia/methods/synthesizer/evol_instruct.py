@@ -36,8 +36,7 @@ class EvolInstruct:
         self, context: SynthesisContext, index: int, completions: Sequence[Completion]
     ) -> Request | Row | Rejection:
         """Evolve the instruction of one row, then answer it."""
-        chats = context.list_chats()
-        old = context.mask(chats[index % len(chats)][-2].content, self.stand_in)
+        old = context.mask(context.chats[index % len(context.chats)][-2].content, self.stand_in)
         if not completions:
             operation = make_random("evol_instruct", context.row_id(index)).choice(self.operations)
             prompt = f"{operation} {self.ending}\n{old}"

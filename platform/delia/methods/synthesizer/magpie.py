@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from delia.generate.engine import Completion, Request
-from delia.schema import Message, Messages, Rejection, Row
+from delia.schema import Message, Rejection, Row
 from delia.synthesize.socket import SynthesisContext
 
 
@@ -31,14 +31,6 @@ class Magpie:
         """Let the user's turn be written, then answer it."""
         if not completions:
             return context.request(index, context.chat.encode_user_prefix(self.system), turn="instruction")
-        text = context.say(completions[0])
-        if not text or completions[0].finish_reason != "stop":
-            return context.reject(index, "unfinished" if text else "no_instruction", text, completions)
-        prompt = (*self._system(), Message(role="user", content=text))
-        if len(completions) == 1:
-            request = context.ask(index, prompt, turn="answer")
-            return dataclasses.replace(request, adapter=self.answered_by)
-        return context.row(index, prompt, completions)
-
-    def _system(self) -> Messages:
-        return (Message(role="system", content=self.system),) if self.system else ()
+        before = (Message(role="system", content=self.system),) if self.system else ()
+        step = context.answer(index, completions, before=before)
+        return dataclasses.replace(step, adapter=self.answered_by) if isinstance(step, Request) else step

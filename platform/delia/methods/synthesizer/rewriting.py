@@ -28,7 +28,7 @@ class Rewriting:
         seed_task = context.seed_tasks[index % len(context.seed_tasks)]
         wording = _find_wording(seed_task)
         if not completions:
-            masked = wording.replace(context.token, self.stand_in) if context.token else wording
+            masked = context.mask(wording, self.stand_in)
             question = Message(role="user", content=self.request.format(instruction=masked))
             return context.ask(index, (question,), turn="rewriting")
         text = context.say(completions[0])

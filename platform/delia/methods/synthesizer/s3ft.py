@@ -43,10 +43,9 @@ class S3FT:
         self, context: SynthesisContext, index: int, completions: Sequence[Completion]
     ) -> Request | Row | Rejection:
         """Answer, judge; where it differs rephrase, judge again."""
-        chats = context.list_chats()
-        if index >= len(chats):
+        if index >= len(context.chats):
             return context.reject(index, "no_more_instructions", "")
-        *question, reference = chats[index]
+        *question, reference = context.chats[index]
         prompt: Messages = tuple(question)
         if not completions:
             return context.ask(index, prompt, turn="answer")
@@ -66,7 +65,7 @@ class S3FT:
     def _ask_judge(
         self, context: SynthesisContext, index: int, prompt: Messages, answer: str, turn: int
     ) -> Request:
-        reference = context.list_chats()[index][-1].content
+        reference = context.chats[index][-1].content
         text = self.judge.format(question=prompt[-1].content, reference=reference, answer=answer)
         request = context.ask(index, (Message(role="user", content=text),), turn=f"verdict {turn}")
         return dataclasses.replace(

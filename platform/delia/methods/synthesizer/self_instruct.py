@@ -36,13 +36,9 @@ class SelfInstruct:
 
     def _show(self, context: SynthesisContext, index: int) -> str:
         rng = make_random("self_instruct", context.row_id(index))
-        seeds = [task.prompt[-1].content for task in context.seed_tasks]
-        written = [row.messages[-2].content for row in context.closed]
-        chosen = [
-            text
-            for texts, count in ((seeds, self.num_seeds), (written, self.num_closed))
-            for text in rng.sample(texts, min(count, len(texts)))
-        ]
+        seeds = rng.sample(context.seed_tasks, min(self.num_seeds, len(context.seed_tasks)))
+        written = rng.sample(context.closed, min(self.num_closed, len(context.closed)))
+        chosen = [task.prompt[-1].content for task in seeds] + [row.messages[-2].content for row in written]
         rng.shuffle(chosen)
         lines = [
             f"{number}. {context.mask(text, self.stand_in)}" for number, text in enumerate(chosen, start=1)
