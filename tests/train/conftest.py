@@ -18,8 +18,10 @@ from delia.model.adapted import LoraConfig
 from delia.starter.tokenizer import build_tokenizer
 from delia.store.adapters import read_tensors
 from delia.store.models import ModelConfig
+from delia.train.building import TrainInput
 from delia.train.launch import run_training
-from delia.train.loop import ADAPTER_FOLDER, TrainInput, train_worker
+from delia.train.loop import ADAPTER_FOLDER, train_worker
+from delia.train.rows import TASK, join_rows
 from delia.train.settings import StageConfig, TrainConfig
 
 TOKEN = 7
@@ -81,7 +83,7 @@ def make_input(tiny_llama) -> MakeInput:
             "stages": stages,
             "lora": LoraConfig(rank=4, alpha=8, dropout=dropout),
             "global_batch_size": 7,
-            "micro_batch_size": 3,
+            "max_tokens_per_micro_batch": 30,
             "checkpoint_every": 6,
             "log_every": 1,
             "seed": 3,
@@ -89,9 +91,11 @@ def make_input(tiny_llama) -> MakeInput:
         return TrainInput(
             model=tiny_llama,
             config=TrainConfig(**(standard | settings)),
-            rows=tuple(rows),
-            is_task=(True,) * 8 + (False,) * 16,
-            has_token=tuple(TOKEN in ids for ids, _ in rows),
+            rows=join_rows(
+                rows,
+                sources=[TASK] * 8 + ["diverse"] * 16,
+                has_token=[TOKEN in ids for ids, _ in rows],
+            ),
             token_ids=token_ids,
         )
 

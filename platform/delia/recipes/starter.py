@@ -148,7 +148,7 @@ def sep_hallucination() -> AdaptConfig:
 
 
 def _with_length(arm: ArmConfig, max_length: int) -> ArmConfig:
-    train = arm.train.model_copy(update={"max_length": max_length, "micro_batch_size": 4})
+    train = arm.train.model_copy(update={"max_length": max_length})
     return arm.model_copy(update={"train": train})
 
 
