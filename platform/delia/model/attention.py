@@ -30,9 +30,7 @@ def attend_segments(
     scaling: float,
     segments: Sequence[int],
     dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Return causal attention inside each segment, [1, T, H, E], and no weights.
 
@@ -45,9 +43,10 @@ def attend_segments(
         scaling: Factor of the scores.
         segments: Lengths of the rows, which sum to T.
         dropout: Of the attention weights.
-        sliding_window: How many tokens a token sees, itself included; None for all before it.
-        softcap: Bound of the scores, c tanh(s / c) (Gemma 2, arXiv 2408.00118).
+        options: `sliding_window`, how many tokens a token sees, itself included; `softcap`, the bound of
+            the scores, c tanh(s / c) (Gemma 2, arXiv 2408.00118); others are for other kernels.
     """
+    sliding_window, softcap = options.get("sliding_window"), options.get("softcap")
     if query_1HTE.is_cuda and softcap is None and not dropout and query_1HTE.dtype != torch.float32:
         return _attend_varlen(query_1HTE, key_1GTE, value_1GTE, scaling, segments, sliding_window), None
     parts = zip(

@@ -85,7 +85,7 @@ def shard(model: PreTrainedModel, config: TrainConfig) -> None:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if config.offload else OffloadPolicy()
     for layer in [*find_layers(model), model]:
-        fully_shard(cast(nn.Module, layer), mesh=mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
 
 
 def find_layers(model: PreTrainedModel) -> list[nn.Module]:

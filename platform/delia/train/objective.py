@@ -98,10 +98,9 @@ def _compute_loss(
         segments=stream.lengths,
     )
     hidden_ND = states.last_hidden_state[0].index_select(0, stream.places_N.to(device))
-    total, losses_N = _ByChunks.apply(
-        hidden_ND, output.weight, output.bias, stream.labels_N.to(device), stream, weigher, head
-    )
-    return total, losses_N
+    labels_N = stream.labels_N.to(device)
+    chunks = _ByChunks.apply(hidden_ND, output.weight, output.bias, labels_N, stream, weigher, head)  # type: ignore[no-untyped-call]
+    return cast(tuple[Tensor, Tensor], chunks)
 
 
 class _ByChunks(torch.autograd.Function):
@@ -118,7 +117,7 @@ class _ByChunks(torch.autograd.Function):
         weigher: TokenWeighter,
         head: HeadConfig,
     ) -> tuple[Tensor, Tensor]:
-        size = max(16, CHUNK_BYTES[hidden_ND.device.type] // (4 * weight_VD.shape[0]))
+        size = max(1, CHUNK_BYTES[hidden_ND.device.type] // (4 * weight_VD.shape[0]))
         by_hidden_ND = torch.empty_like(hidden_ND)
         by_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_VD.requires_grad else None
         losses_N = hidden_ND.new_empty(len(labels_N), dtype=torch.float32)

@@ -51,7 +51,7 @@ def pack_batch(
     the same number of them, some empty, because collectives must be entered by all.
     """
     ordered = sorted(batch, key=lambda row: (-lengths[row], row))
-    total = sum(lengths[row] for row in batch)
+    total = sum(min(lengths[row], max_tokens) for row in batch)
     num_rounds = max(1, -(-total // (max_tokens * num_workers)))
     while True:
         parts = _spread(ordered, lengths, num_rounds * num_workers)

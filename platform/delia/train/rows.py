@@ -51,13 +51,17 @@ class TrainRows:
     @property
     def num_trained_R(self) -> NDArray[np.int64]:
         """Return how many ids of each row the loss counts; a row's first id has nothing to be told from."""
-        totals = np.concatenate(([0], np.cumsum(self.mask_T)))
-        return totals[self.starts_R1[1:]] - totals[np.minimum(self.starts_R1[:-1] + 1, self.starts_R1[1:])]
+        totals = np.concatenate(([0], np.cumsum(self.mask_T, dtype=np.int64)))
+        after_first_R = np.minimum(self.starts_R1[:-1] + 1, self.starts_R1[1:])
+        counts_R: NDArray[np.int64] = totals[self.starts_R1[1:]] - totals[after_first_R]
+        return counts_R
 
     @property
     def is_task_R(self) -> NDArray[np.bool_]:
         """Return which rows are the task's."""
-        return np.array([name == TASK for name in self.sources])[self.source_R]
+        is_task = np.array([name == TASK for name in self.sources], np.bool_)
+        is_task_R: NDArray[np.bool_] = is_task[self.source_R]
+        return is_task_R
 
 
 def join_rows(
