@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from delia.errors import TrainError
 from delia.model.adapted import LoraConfig
 from delia.store.models import ModelConfig
-from delia.train.building import TrainInput, build_model, find_layers
+from delia.train.building import TrainInput, build_model
 from delia.train.rows import TASK, join_rows
 from delia.train.settings import StageConfig, TrainConfig
 
@@ -73,6 +73,5 @@ def test_every_architecture_is_sharded_by_its_layers(make_shape, shape, world_of
     rows = join_rows([((1, 2, 3), (False, True, True))], sources=[TASK], has_token=[True])
     config = TrainConfig(lora=LoraConfig(rank=2), stages=STAGES, offload=True)
     model = build_model(TrainInput(model=ModelConfig(path=str(tmp_path)), config=config, rows=rows))
-    layers = find_layers(model)
-    assert len(layers) == 2
-    assert all(isinstance(layer, FSDPModule) for layer in [*layers, model])
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    assert sharded == [model, *model.get_decoder().layers]
