@@ -16,7 +16,7 @@ seed, base and rows. EVA differs from its paper: no module gives rank to another
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,19 +28,17 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from pydantic import Field, field_validator
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from delia.config import FrozenConfig
 from delia.errors import ConfigError
-from delia.model.logprobs import pad_sequences
 
 LoraInit = Literal["default", "pissa", "pissa_niter_16", "olora", "corda", "eva"]
 ALL_LINEAR = "all-linear"
 ADAPTER_NAME = "default"
 MOVES_BASE: frozenset[LoraInit] = frozenset({"pissa", "pissa_niter_16", "olora", "corda"})
 """The starts that are taken out of the base's weight."""
-READS_ROWS: frozenset[LoraInit] = frozenset({"corda", "eva"})
-"""The starts for which the base is run over rows of the task."""
 MAX_ROWS = 256
 """Rows that are read at most; CorDA's authors found as many to do at a width of 4096."""
 EVA_BATCH_TOKENS = 2048
@@ -89,15 +87,15 @@ def inject_lora(
         model: The base, whole on this worker.
         lora: The settings.
         seed: All that a random start depends on.
-        task_rows: Token ids of the task's rows, read by the starts of `READS_ROWS`.
+        task_rows: Token ids of the task's rows, read by the starts corda and eva.
 
     Raises:
-        ConfigError: A target that is no linear layer of the model, a rank that a target has no room for,
-            a start without rows, or one over a quantised base that it would change.
+        ConfigError: A target that is no linear layer of the model or its head, a rank that a target has no
+            room for, or a start without rows.
     """
     targets = find_targets(model, lora.target_modules)
     rows = [list(row) for row in task_rows[:MAX_ROWS]]
-    check_start(model, lora, targets, rows)
+    check_start(lora, targets, rows)
     init: Any = True if lora.init == "default" else lora.init
     config = PeftLoraConfig(
         r=lora.rank,
@@ -129,8 +127,8 @@ def find_targets(model: PreTrainedModel, targets: tuple[str, ...] | str) -> dict
     """Return the linear layers that are adapted, by name.
 
     Raises:
-        ConfigError: A suffix that no linear layer has (PEFT adapts the others and says nothing), or one of
-            an output head that is the input embedding.
+        ConfigError: A suffix that no linear layer has (PEFT adapts the others and says nothing), or the
+            output head's.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     head = model.get_output_embeddings()
@@ -144,32 +142,23 @@ def find_targets(model: PreTrainedModel, targets: tuple[str, ...] | str) -> dict
         )
     suffixes = tuple(f".{target}" for target in targets)
     chosen = {name: module for name, module in linear.items() if f".{name}".endswith(suffixes)}
-    embedding = model.get_input_embeddings()
-    for name, module in chosen.items():
-        if module.weight is embedding.weight:
-            raise ConfigError(
-                f"train.lora.target_modules: {name} of {type(model).__name__} is tied to the input embedding, which"
-                " a start or a merge would change too; leave it out"
-            )
+    heads = [name for name, module in chosen.items() if module is head]
+    if heads:
+        raise ConfigError(
+            f"train.lora.target_modules: {heads} is the output head, which stays as it is: a trained token is read"
+            " and never written; leave it out"
+        )
     return chosen
 
 
 def check_start(
-    model: PreTrainedModel,
-    lora: LoraConfig,
-    targets: dict[str, nn.Linear],
-    task_rows: Sequence[Sequence[int]],
+    lora: LoraConfig, targets: Mapping[str, nn.Linear], task_rows: Sequence[Sequence[int]]
 ) -> None:
     """Refuse a start that PEFT would answer with matrices of another rank or, EVA's, with an endless loop.
 
     Raises:
         ConfigError: With the numbers.
     """
-    if lora.init in MOVES_BASE and getattr(model, "is_quantized", False):
-        raise ConfigError(
-            f"train.lora.init={lora.init} changes the base's weight, which model.quantisation has rounded already;"
-            " take init=default or eva, or quantisation=none"
-        )
     num_tokens = sum(map(len, task_rows))
     least = {"corda": 1, "eva": 2 * lora.rank}.get(lora.init, 0)
     if num_tokens < least:
@@ -217,15 +206,20 @@ def _run(model: PreTrainedModel, rows: Iterable[Sequence[int]]) -> None:
 
 def _batch_rows(rows: Sequence[Sequence[int]], *, least: int) -> list[dict[str, Tensor]]:
     """Return padded batches in the rows' order, none with fewer tokens than `least`."""
-    batches: list[list[Sequence[int]]] = [[]]
+    batches: list[list[Tensor]] = [[]]
     for row in rows:
         if sum(map(len, batches[-1])) >= max(least, EVA_BATCH_TOKENS):
             batches.append([])
-        batches[-1].append(row)
+        batches[-1].append(torch.tensor(row))
     if len(batches) > 1 and sum(map(len, batches[-1])) < least:
         batches[-2] += batches.pop()
-    padded = [pad_sequences([(row, [True] * len(row)) for row in batch]) for batch in batches]
-    return [{"input_ids": ids_BT, "attention_mask": mask_BT.long()} for ids_BT, mask_BT in padded]
+    return [
+        {
+            "input_ids": pad_sequence(batch, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in batch], batch_first=True),
+        }
+        for batch in batches
+    ]
 
 
 @torch.no_grad()
