@@ -64,6 +64,9 @@ def build_model(task: TrainInput) -> PreTrainedModel:
     head = read_head(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if config.compile:
+        for layer in find_layers(model):
+            layer.compile(dynamic=True)
     model.train()
     shard(model, config)
     prepare_loss(model, head)
