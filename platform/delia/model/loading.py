@@ -70,8 +70,8 @@ def check_quantisation(
     """Refuse to train over a quantised base what can't be, from the settings alone.
 
     Raises:
-        ConfigError: No GPU, several workers or offloaded shards (packed weights are not sharded), or a start
-            that takes something out of the base's weight.
+        ConfigError: No GPU, several workers or offloaded shards (packed weights are not sharded), a start that
+            takes something out of the base's weight, or magnitudes over eight-bit weights.
     """
     if model.quantisation == "none":
         return
@@ -85,6 +85,11 @@ def check_quantisation(
         )
     if lora is not None and lora.init in MOVES_BASE:
         raise ConfigError(
-            f"{name} rounds the base's weight, train.lora.init={lora.init} takes its start out of that weight;"
+            f"{name} rounds the base's weight, and train.lora.init={lora.init} takes its start out of that weight;"
             " take init=default or eva, or quantisation=none"
+        )
+    if lora is not None and lora.use_dora and model.quantisation == "int8":
+        raise ConfigError(
+            f"{name} and train.lora.use_dora=true: bitsandbytes loses the scales of eight-bit weights when PEFT reads"
+            " their norms; take quantisation=nf4 or none"
         )
