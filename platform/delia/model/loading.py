@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from delia.errors import ConfigError
@@ -36,7 +37,17 @@ def load_base(config: ModelConfig, *, for_training: bool = False) -> PreTrainedM
         raise ConfigError(f"can't load base model {config.path!r}: {error}") from error
     model.requires_grad_(False)
     model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            module.register_state_dict_post_hook(_keep_parameters)
     return model
+
+
+def _keep_parameters(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leave the scales of packed weights out of a state: torch's checkpoints look for a module's attributes."""
+    own = {prefix + name for name, _ in module.named_parameters()}
+    for name in [name for name in state if name.startswith(prefix) and name not in own]:
+        del state[name]
 
 
 def _quantise(quantisation: Quantisation, dtype: torch.dtype) -> dict[str, Any]:
