@@ -29,6 +29,7 @@ from delia.generate.engine import (
 )
 from delia.store.adapters import check_servable, fetch_adapter
 from delia.store.models import ModelConfig, resolve_model
+from delia.store.serving import read_architecture
 
 logger = logging.getLogger(__name__)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -80,6 +81,8 @@ class VllmEngine:
         set_engine_environment(config)
         import vllm
 
+        path = resolve_model(model)
+        self._architecture = read_architecture(path)
         self._adapter_ids: dict[str, int] = {}
         self._adapters_lock = threading.Lock()
         lora: dict[str, Any] = {}
@@ -94,7 +97,7 @@ class VllmEngine:
         self._numbers = itertools.count()
         self._inbox: SimpleQueue[_Batch] = SimpleQueue()
         self._llm = vllm.LLM(
-            model=str(resolve_model(model)),
+            model=str(path),
             dtype=model.dtype,  # type: ignore[arg-type]  # checked by vLLM itself
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
@@ -185,7 +188,7 @@ class VllmEngine:
         with self._adapters_lock:  # two callers must not give one number to two adapters
             if address not in self._adapter_ids:
                 # an adapter that vLLM refuses kills the whole engine, so it is checked before
-                check_servable(fetch_adapter(address))
+                check_servable(fetch_adapter(address), self._architecture)
                 self._adapter_ids[address] = len(self._adapter_ids) + 1
             number = self._adapter_ids[address]
         return LoRARequest(f"adapter-{number}", number, str(Path(fetch_adapter(address))))
