@@ -168,7 +168,9 @@ def peft_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
     def write(base: Path, **settings: Any) -> Path:
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        config = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **settings)
+        config = LoraConfig(
+            target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **settings
+        )
         adapted = get_peft_model(model, config)
         noise = torch.Generator().manual_seed(1)
         with torch.no_grad():

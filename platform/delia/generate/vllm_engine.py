@@ -28,12 +28,11 @@ from delia.generate.engine import (
     refuse_long,
 )
 from delia.store.adapters import check_servable, fetch_adapter
+from delia.store.forms import fit_rank
 from delia.store.models import ModelConfig, resolve_model
 from delia.store.serving import read_architecture
 
 logger = logging.getLogger(__name__)
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The LoRA ranks that vLLM 0.32 accepts as `max_lora_rank`."""
 
 
 def set_engine_environment(config: EngineConfig) -> None:
@@ -45,15 +44,6 @@ def set_engine_environment(config: EngineConfig) -> None:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.cpu_kv_cache_gib)
         # `auto` pins every replica of a machine to the same core
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-
-
-def _served_rank(rank: int) -> int:
-    allowed = [size for size in VLLM_RANKS if size >= rank]
-    if not allowed:
-        raise EngineError(
-            f"LoRA rank {rank} is over vLLM's largest, {VLLM_RANKS[-1]}; merge the adapter first"
-        )
-    return allowed[0]
 
 
 @lru_cache
@@ -90,7 +80,7 @@ class VllmEngine:
             lora = {
                 "enable_lora": True,
                 "max_loras": config.max_loras,
-                "max_lora_rank": _served_rank(config.lora_rank),
+                "max_lora_rank": fit_rank(config.lora_rank),
             }
         on_gpu = config.num_gpus_per_replica > 0
         self._max_model_len = config.max_model_len

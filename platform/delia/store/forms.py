@@ -10,6 +10,8 @@ LoRARequest; what vLLM knows no LoRA for is merged. `tests/generate` holds the t
 from dataclasses import dataclass
 from typing import Literal
 
+from delia.errors import EngineError
+
 Form = Literal["lora", "patched_base", "merged"]
 EMBEDDING_LORA = frozenset(
     (
@@ -18,6 +20,7 @@ EMBEDDING_LORA = frozenset(
         "GraniteForCausalLM",
         "LlamaForCausalLM",
         "MixtralForCausalLM",
+        "Phi3ForCausalLM",
         "Qwen3ForCausalLM",
         "Qwen3MoeForCausalLM",
     )
@@ -27,8 +30,8 @@ ALWAYS_TIED = frozenset(("Cohere2ForCausalLM", "CohereForCausalLM", "Gemma2ForCa
 """Architectures whose class in vLLM 0.32 computes logits with the input embedding, whatever the config says."""
 UNTIED_STAND_IN = "TransformersForCausalLM"
 """vLLM's class that runs transformers' own model code: it takes an output head of its own in their place."""
-MAX_RANK = 512
-"""The largest rank that vLLM 0.32 serves by LoRARequest."""
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The LoRA ranks that vLLM 0.32 accepts as `max_lora_rank`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +60,10 @@ def choose_form(architecture: str, traits: AdapterTraits) -> ServingForm:
     """
     if traits.has_dora:
         return ServingForm(form="merged", reason="vLLM has no DoRA")
-    if traits.rank > MAX_RANK:
-        return ServingForm(form="merged", reason=f"rank {traits.rank} is over vLLM's largest, {MAX_RANK}")
+    if traits.rank > SERVED_RANKS[-1]:
+        return ServingForm(
+            form="merged", reason=f"rank {traits.rank} is over vLLM's largest, {SERVED_RANKS[-1]}"
+        )
     if traits.has_rows and architecture not in EMBEDDING_LORA:
         return ServingForm(
             form="patched_base", reason=f"vLLM's {architecture} takes no LoRA on its input embedding"
@@ -69,3 +74,15 @@ def choose_form(architecture: str, traits: AdapterTraits) -> ServingForm:
 def untied_architecture(architecture: str) -> str:
     """Return the architecture under which vLLM loads a base with an output head of its own."""
     return UNTIED_STAND_IN if architecture in ALWAYS_TIED else architecture
+
+
+def fit_rank(rank: int) -> int:
+    """Return the smallest `max_lora_rank` of vLLM that admits a rank.
+
+    Raises:
+        EngineError: None does.
+    """
+    for size in SERVED_RANKS:
+        if size >= rank:
+            return size
+    raise EngineError(f"LoRA rank {rank} is over vLLM's largest, {SERVED_RANKS[-1]}; merge the adapter first")

@@ -156,7 +156,8 @@ def _write_rest(adapter: Path, output: Path, *, base_model: Path) -> None:
     names = {module.rpartition(".")[2] for module in embeddings}
     rest = {name: value for name, value in tensors.items() if name.rpartition(".")[0] not in embeddings}
     config = read_config(adapter) | {"base_model_name_or_path": str(base_model)}
-    config["target_modules"] = [name for name in config["target_modules"] if name not in names]
+    if isinstance(config["target_modules"], list):
+        config["target_modules"] = [name for name in config["target_modules"] if name not in names]
     for pattern in ("rank_pattern", "alpha_pattern"):
         config[pattern] = {key: value for key, value in config.get(pattern, {}).items() if key not in names}
     with placing(output / WEIGHTS) as partial:
