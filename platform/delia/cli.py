@@ -101,8 +101,8 @@ def _export(line: argparse.Namespace) -> None:
     print(f"form     {export.files.form}: {export.reason}")
     print(f"model    {export.files.model or 'the base as it is'}")
     print(f"adapter  {export.files.adapter or 'none, it is in the model'}")
-    gap = "not compared" if export.gap_nats is None else f"{export.gap_nats:.1e} nats"
-    print(f"checked  {gap} from HF + PEFT")
+    gap = export.gap_nats
+    print(f"checked  {'no' if gap is None else f'{gap:.1e} nats from HF + PEFT'}")
     print(f"serve    {export.command}")
 
 

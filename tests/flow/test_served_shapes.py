@@ -78,7 +78,7 @@ def test_vllm_serves_what_peft_loads(cluster, tiny_base, tiny_adapter, tmp_path,
     assert result.mean_gap_nats < 1e-5
     assert result.mean_base_gap_nats > 0.1
 
-    merged = write_served("merged", base, address, tmp_path / "merged").model
+    merged = write_served("merged", base, address, tmp_path / "merged", dtype="float32").model
     report = evaluate_model(merged, space)
     assert report.token_ids == needed.token_ids
     assert verify(address, report, space).mean_gap_nats < 1e-5

@@ -61,6 +61,7 @@ def test_a_weight_keeps_its_dtype_and_is_rounded_once():
     changed = change.apply(ones)
     assert changed.dtype == torch.bfloat16
     assert changed.item() == (torch.tensor(1 + 3 * 2.0**-9)).bfloat16().item() != 1.0
+    assert change.apply(ones, torch.float32).item() == 1 + 3 * 2.0**-9
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Serving forms: each computes what PEFT makes of base and adapter, for every shape; what is written and what not."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from delia.chat import load_chat, save_tokenizer
 from delia.errors import EngineError, StoreError
 from delia.store.adapters import CONFIG, check_servable, read_tensors
-from delia.store.serving import ServedFiles, locate_served, read_architecture, write_served
+from delia.store.serving import ServedFiles, locate_served, read_architecture
+from delia.store.serving import write_served as write_in_dtype
 from delia.store.tables import MANIFEST, read_manifest
 
 SHAPES = ("Llama", "Qwen2", "Qwen3", "Gemma2", "Mistral")
 TOKENS = (7, 9)
+write_served = partial(write_in_dtype, dtype="float32")
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 every_tie = pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 
 
-def load(model: Path, adapter: Path | None = None):
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
+def load(model: Path, adapter: Path | None = None, *, dtype: str = "float32"):
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     return (PeftModel.from_pretrained(loaded, str(adapter)) if adapter else loaded).eval()
 
 
@@ -145,13 +148,29 @@ def test_a_sharded_base_is_merged_and_a_copy_holds_no_link(tiny_base, tiny_adapt
     assert [file.name for file in tmp_path.iterdir() if file.is_symlink()] == []
 
 
-def test_weights_keep_the_bases_dtype(tiny_base, tiny_adapter, tmp_path):
-    base, half = tiny_base("Llama"), tmp_path / "half"
-    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
-    write_served("merged", half, tiny_adapter(base), tmp_path / "merged")
-    weights = load_file(tmp_path / "merged" / "model.safetensors")
-    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
-    with safe_open(str(tmp_path / "merged" / "model.safetensors"), framework="pt") as file:
+def test_what_changes_is_rounded_no_further_than_the_engine_does(tiny_base, tiny_adapter, tmp_path):
+    """The base is stored in bfloat16: for an engine in float32 the changed weights must not be."""
+    base, half = tiny_base("Qwen2", is_sharded=True), tmp_path / "half"
+    adapter = tiny_adapter(base)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(
+        half, max_shard_size="50KB"
+    )
+    rounded = write_in_dtype("merged", half, adapter, tmp_path / "bfloat16", dtype="bfloat16")
+    assert {weight.dtype for weight in load(rounded.model, dtype="auto").state_dict().values()} == {
+        torch.bfloat16
+    }
+    exact = write_in_dtype("merged", half, adapter, tmp_path / "float32", dtype="float32")
+    check_equal(exact, half, adapter)
+    with pytest.raises(AssertionError, match="not close"):
+        check_equal(rounded, half, adapter)
+    files = {path.name: load_file(path) for path in (tmp_path / "float32").glob("*.safetensors")}
+    dtypes = {name: weight.dtype for weights in files.values() for name, weight in weights.items()}
+    assert dtypes["model.layers.0.self_attn.q_proj.weight"] == torch.float32
+    assert dtypes["lm_head.weight"] == dtypes["model.norm.weight"] == torch.bfloat16
+    index = json.loads((tmp_path / "float32" / "model.safetensors.index.json").read_text())
+    sizes = [weight.nbytes for weights in files.values() for weight in weights.values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    with safe_open(str(tmp_path / "float32" / next(iter(files))), framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 

@@ -62,7 +62,9 @@ def export_adapter(
     target = Path(output).absolute()
     if target.exists() and not is_finished(str(target)) and any(target.iterdir()):
         raise StoreError(f"{output} is not empty and holds no export; remove it, or give another directory")
-    files = write_served(form or needed.form, resolve_model(model), directory, target, copy=copy)
+    files = write_served(
+        form or needed.form, resolve_model(model), directory, target, dtype=model.dtype, copy=copy
+    )
     gap = compare(model, directory, files, tuple(found.tokens.values())) if is_checked else None
     return Export(files=files, reason=needed.reason, gap_nats=gap, command=format_command(files, model))
 

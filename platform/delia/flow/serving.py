@@ -46,8 +46,10 @@ def serve(address: str, space: Workspace) -> Served:
     rank = read_traits(fetch_adapter(address)).rank
     if needed.form == "lora":
         return Served(model=space.model, adapter=address, rank=rank)
-    base = resolve_model(space.model)
-    place = space.address("served", identify_served(needed.form, base, fetch_adapter(address)))
+    name = identify_served(
+        needed.form, resolve_model(space.model), fetch_adapter(address), dtype=space.model.dtype
+    )
+    place = space.address("served", name)
     if not is_finished(place):
         ray.get(_materialise.remote(needed.form, space.model, address, place))
     places = read_manifest(place, kind=KIND).details["places"]
@@ -60,13 +62,18 @@ def serve(address: str, space: Workspace) -> Served:
 
 @ray.remote(num_cpus=1)
 def _materialise(form: Form, model: ModelConfig, address: str, place: str) -> None:
+    materialise(form, model, address, place)
+
+
+def materialise(form: Form, model: ModelConfig, address: str, place: str) -> None:
+    """Write a form of an adapter to an address; a bucket, which has no links, gets every file."""
     base, adapter = resolve_model(model), fetch_adapter(address)
     if "://" not in place:
-        write_served(form, base, adapter, Path(place))
+        write_served(form, base, adapter, Path(place), dtype=model.dtype)
         return
     with tempfile.TemporaryDirectory(prefix="delia-served-") as folder:
         local = Path(folder) / "served"
-        write_served(form, base, adapter, local)
+        write_served(form, base, adapter, local, dtype=model.dtype)
         manifest = (local / MANIFEST).read_bytes()
         (local / MANIFEST).unlink()
         upload_directory(local, place)

@@ -51,23 +51,25 @@ class WeightChange:
         rows, columns = self.b_OR.shape[0], self.a_RI.shape[1]
         return (columns, rows) if self.is_embedding else (rows, columns)
 
-    def apply(self, weight: Tensor) -> Tensor:
-        """Return the changed weight, computed in float32, in the dtype of the weight."""
-        changed = self._add_product(weight)
+    def apply(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the changed weight, computed in float32, in a dtype, that of the weight by default."""
+        dtype = dtype or weight.dtype
+        changed = self._change_rows(weight, dtype) if self.is_embedding else self._add_product(weight)
         if self.magnitude is not None:
             over = 0 if self.is_embedding else 1
             norms = torch.linalg.vector_norm(changed.float(), dim=over)
             changed = changed.float() * (self.magnitude.float() / norms).unsqueeze(over)
-        return changed.to(weight.dtype)
+        return changed.to(dtype)
 
-    def _add_product(self, weight: Tensor) -> Tensor:
-        """Return weight plus change; of an embedding only the rows of its tokens are computed."""
-        a_RI, b_OR = self.a_RI.float(), self.b_OR.float() * self.scaling
-        if not self.is_embedding:
-            return weight.float() + b_OR @ a_RI
-        rows = a_RI.any(dim=0).nonzero().squeeze(1)
-        changed_VD = weight.clone()
-        changed_VD[rows] = (weight[rows].float() + (b_OR @ a_RI[:, rows]).T).to(weight.dtype)
+    def _add_product(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI.float() + self.scaling * (self.b_OR.float() @ self.a_RI.float())
+
+    def _change_rows(self, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return an embedding with the rows of its tokens changed; the others are not computed."""
+        rows = self.a_RI.any(dim=0).nonzero().squeeze(1)
+        deltas_KD = self.scaling * (self.b_OR.float() @ self.a_RI[:, rows].float()).T
+        changed_VD = weight_VD.to(dtype, copy=True)
+        changed_VD[rows] = (weight_VD[rows].float() + deltas_KD).to(dtype)
         return changed_VD
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import xxhash
 from safetensors.torch import save_file
 
@@ -56,7 +57,9 @@ def read_architecture(model: Path) -> str:
     return str(architectures[0])
 
 
-def write_served(form: Form, base: Path, adapter: Path, output: Path, *, copy: bool = False) -> ServedFiles:
+def write_served(
+    form: Form, base: Path, adapter: Path, output: Path, *, dtype: str, copy: bool = False
+) -> ServedFiles:
     """Write a form of an adapter; a finished one that is there is kept.
 
     Args:
@@ -64,6 +67,8 @@ def write_served(form: Form, base: Path, adapter: Path, output: Path, *, copy: b
         base: The base model's directory; it stays as it is.
         adapter: The adapter's directory, as `store.adapters` describes it.
         output: The directory to write; it holds nothing else.
+        dtype: In which the model will be loaded: over a base stored in bfloat16, what changes is stored in
+            float32 for an engine that computes in it, since rounding would lose a part of the change.
         copy: Copy the base's untouched files instead of linking to them.
 
     Raises:
@@ -77,7 +82,7 @@ def write_served(form: Form, base: Path, adapter: Path, output: Path, *, copy: b
             f"{adapter} can't be served as {form}: {needed.reason}; export it as {needed.form}"
             f" (--form {needed.form})"
         )
-    identity = identify_served(form, base, adapter)
+    identity = identify_served(form, base, adapter, dtype=dtype)
     if is_finished(str(output)):
         if read_manifest(str(output), kind=KIND).fingerprint != identity:
             raise StoreError(f"{output} holds another export; remove it, or give another directory")
@@ -91,11 +96,11 @@ def write_served(form: Form, base: Path, adapter: Path, output: Path, *, copy: b
         _copy_files(adapter, output, [file.name for file in adapter.iterdir() if file.name != MANIFEST])
         places["adapter"] = ""
     elif form == "merged":
-        counts |= _write_model(base, adapter, changes, output, copy=copy)
+        counts |= _write_model(base, adapter, changes, output, dtype=dtype, copy=copy)
         places["model"] = ""
     else:
         rows = {name: change for name, change in changes.items() if change.is_embedding}
-        counts |= _write_model(base, adapter, rows, output / "base", copy=copy)
+        counts |= _write_model(base, adapter, rows, output / "base", dtype=dtype, copy=copy)
         places["model"] = "base"
         if len(rows) < len(changes):
             _write_rest(adapter, output / "adapter", base_model=output / "base")
@@ -118,16 +123,16 @@ def locate_served(output: Path) -> ServedFiles:
     return ServedFiles(form=details["form"], model=found.get("model"), adapter=found.get("adapter"))
 
 
-def identify_served(form: Form, base: Path, adapter: Path) -> str:
+def identify_served(form: Form, base: Path, adapter: Path, *, dtype: str) -> str:
     """Return a hash of what a form is made of: the base as it is identified, the adapter's every file."""
-    parts = [form, identify_model(ModelConfig(path=str(base)))]
+    parts = [form, dtype, identify_model(ModelConfig(path=str(base)))]
     for file in sorted(file for file in adapter.iterdir() if file.is_file() and file.name != MANIFEST):
         parts += [file.name, xxhash.xxh3_128_hexdigest(file.read_bytes())]
     return hash_text(*parts)
 
 
 def _write_model(
-    base: Path, adapter: Path, changes: Mapping[str, WeightChange], output: Path, *, copy: bool
+    base: Path, adapter: Path, changes: Mapping[str, WeightChange], output: Path, *, dtype: str, copy: bool
 ) -> dict[str, int]:
     """Write a whole model with changed weights, and the tokenizer that names the adapter's tokens."""
     output.mkdir(exist_ok=True)
@@ -139,7 +144,12 @@ def _write_model(
         config["architectures"] = [untied_architecture(read_architecture(base))]
     was_tied = bool(embeddings) and HEAD not in files.file_by_name
     counts = write_changed(
-        files, changes, output, new_head_from=embeddings[0] if was_tied else None, copy=copy
+        files,
+        changes,
+        output,
+        dtype=getattr(torch, dtype),
+        new_head_from=embeddings[0] if was_tied else None,
+        copy=copy,
     )
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     _copy_files(adapter if has_tokenizer else base, output, TOKENIZER_FILES)

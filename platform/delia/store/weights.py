@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -88,6 +89,7 @@ def write_changed(
     changes: Mapping[str, WeightChange],
     output: Path,
     *,
+    dtype: torch.dtype,
     new_head_from: str | None = None,
     copy: bool = False,
 ) -> dict[str, int]:
@@ -97,6 +99,7 @@ def write_changed(
         files: The model's weights; they stay as they are.
         changes: By weight name; `WeightFiles.check` has passed.
         output: An existing directory.
+        dtype: In which the model will be loaded; what is changed is not rounded to a narrower one.
         new_head_from: The weight whose old values become an output head of its own, beside it.
         copy: Copy instead of link, for a directory that is to be moved.
 
@@ -104,47 +107,44 @@ def write_changed(
         The number of files that were rewritten, and linked or copied.
     """
     counts = {"files_rewritten": 0, "files_kept": 0}
-    head_size: dict[str, int] = {}
+    grown = {"total_size": 0, "total_parameters": 0}
     for file in sorted(set(files.file_by_name.values())):
         names = files.names_in(file)
-        if changes.keys() & set(names):
-            head_size |= _rewrite(files.directory / file, names, changes, output / file, new_head_from)
-            counts["files_rewritten"] += 1
-        else:
+        if not changes.keys() & set(names):
             keep_file(files.directory / file, output / file, copy=copy)
             counts["files_kept"] += 1
+            continue
+        with safe_open(str(files.directory / file), framework="pt") as opened:
+            old = {name: opened.get_tensor(name) for name in names}
+            metadata = opened.metadata() or {"format": "pt"}
+        new = dict(old)
+        for name in changes.keys() & old.keys():
+            wide = torch.promote_types(old[name].dtype, dtype)
+            new[name] = changes[name].apply(old[name], wide).contiguous()
+        if new_head_from in old:
+            new[HEAD] = old[new_head_from]
+        with placing(output / file) as partial:
+            save_file(new, partial, metadata=metadata)
+        counts["files_rewritten"] += 1
+        for total, measure in (("total_size", _count_bytes), ("total_parameters", _count_parameters)):
+            grown[total] += measure(new) - measure(old)
     if files.index is not None:
-        index = dict(files.index)
-        if new_head_from is not None:
-            index["weight_map"] = {**index["weight_map"], HEAD: files.file_by_name[new_head_from]}
-            totals = index.get("metadata", {})
-            index["metadata"] = totals | {
-                key: totals[key] + head_size[key] for key in head_size if key in totals
-            }
+        new_names = {HEAD: files.file_by_name[new_head_from]} if new_head_from else {}
+        totals = files.index.get("metadata", {})
+        index = {
+            "metadata": totals | {key: totals[key] + grown[key] for key in grown if key in totals},
+            "weight_map": {**files.file_by_name, **new_names},
+        }
         write_text(output / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
     return counts
 
 
-def _rewrite(
-    source: Path,
-    names: list[str],
-    changes: Mapping[str, WeightChange],
-    target: Path,
-    new_head_from: str | None,
-) -> dict[str, int]:
-    """Write one file anew; return what a new head in it adds to the index's totals."""
-    head_size: dict[str, int] = {}
-    with safe_open(str(source), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in names}
-        metadata = file.metadata() or {"format": "pt"}
-    if new_head_from in tensors:
-        head = tensors[HEAD] = tensors[new_head_from].clone()
-        head_size = {"total_size": head.nbytes, "total_parameters": head.numel()}
-    for name in changes.keys() & tensors.keys():
-        tensors[name] = changes[name].apply(tensors[name]).contiguous()
-    with placing(target) as partial:
-        save_file(tensors, partial, metadata=metadata)
-    return head_size
+def _count_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _count_parameters(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def keep_file(source: Path, target: Path, *, copy: bool) -> None:
