@@ -1,4 +1,4 @@
-"""Loading a base: what its settings ask for and what its architecture needs."""
+"""The attention that a base is loaded with: the settings', but for a cap that it would leave out."""
 
 import torch
 
