@@ -82,6 +82,53 @@ def local_stage(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LocalStage]:
     return put
 
 
+SHAPES = ("llama", "qwen2", "qwen3", "gemma2", "mistral")
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request: pytest.FixtureRequest) -> str:
+    """The name of each architecture that is tested, one after the other."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def make_shape() -> Callable[..., Any]:
+    """Return a function of an architecture's name: its smallest random model, in float32.
+
+    Windows are shorter than some rows of a test, heads share keys, and Gemma 2 bounds its scores and logits.
+    """
+    import torch  # late, as all of these
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make(name: str, **settings: Any) -> Any:
+        standard = {
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.15,
+            "sliding_window": 6,
+            "use_sliding_window": True,
+            "max_window_layers": 1,
+            "tie_word_embeddings": name in {"qwen2", "gemma2"},
+        }
+        if name == "gemma2":
+            standard |= {
+                "query_pre_attn_scalar": 8,
+                "attn_logit_softcapping": 2.0,
+                "final_logit_softcapping": 3.0,
+            }
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(name, **(standard | settings), attn_implementation="eager")
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that saves a random model of a shape once, with the starter's tokenizer.

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from delia.model.adapted import LoraConfig
 from delia.store.models import ModelConfig
+from delia.train.building import TrainInput
 from delia.train.launch import run_training
-from delia.train.loop import TrainInput
+from delia.train.rows import TASK, join_rows
 from delia.train.settings import StageConfig, TrainConfig
 
 GOLDEN = Path(__file__).with_name("loss_tiny_llama.txt")
@@ -64,14 +65,13 @@ def make_input(model: ModelConfig) -> TrainInput:
         token_init="mean_vocabulary",
         stages=stages,
         global_batch_size=6,
-        micro_batch_size=4,
+        max_tokens_per_micro_batch=40,
         log_every=1,
         seed=11,
     )
-    is_task = (True,) * 5 + (False,) * 15
-    return TrainInput(
-        model=model, config=config, rows=tuple(rows), is_task=is_task, has_token=is_task, token_ids=(TOKEN,)
-    )
+    is_task = [True] * 5 + [False] * 15
+    joined = join_rows(rows, sources=[TASK if flag else "diverse" for flag in is_task], has_token=is_task)
+    return TrainInput(model=model, config=config, rows=joined, token_ids=(TOKEN,))
 
 
 def test_the_loss_of_a_tiny_run_has_not_moved(cluster, tmp_path):

@@ -18,8 +18,10 @@ from delia.model.adapted import LoraConfig
 from delia.starter.tokenizer import build_tokenizer
 from delia.store.adapters import read_tensors
 from delia.store.models import ModelConfig
+from delia.train.building import TrainInput
 from delia.train.launch import run_training
-from delia.train.loop import ADAPTER_FOLDER, TrainInput, train_worker
+from delia.train.loop import ADAPTER_FOLDER, train_worker
+from delia.train.rows import TASK, join_rows
 from delia.train.settings import StageConfig, TrainConfig
 
 TOKEN = 7
@@ -75,23 +77,31 @@ def make_input(tiny_llama) -> MakeInput:
         start = rng.randint(2, len(ids) - 2)
         rows.append((tuple(ids), (False,) * start + (True,) * (len(ids) - start)))
 
-    def make(*, token_ids: tuple[int, ...] = (TOKEN,), dropout: float = 0.0, **settings: Any) -> TrainInput:
+    def make(
+        *,
+        token_ids: tuple[int, ...] = (TOKEN,),
+        dropout: float = 0.0,
+        dtype: str = "float32",
+        **settings: Any,
+    ) -> TrainInput:
         stages = (StageConfig(max_steps=12, learning_rate=1e-2, token_learning_rate=3e-2, warmup_steps=3),)
         standard = {
             "stages": stages,
             "lora": LoraConfig(rank=4, alpha=8, dropout=dropout),
             "global_batch_size": 7,
-            "micro_batch_size": 3,
+            "max_tokens_per_micro_batch": 30,
             "checkpoint_every": 6,
             "log_every": 1,
             "seed": 3,
         }
         return TrainInput(
-            model=tiny_llama,
+            model=tiny_llama.model_copy(update={"dtype": dtype}),
             config=TrainConfig(**(standard | settings)),
-            rows=tuple(rows),
-            is_task=(True,) * 8 + (False,) * 16,
-            has_token=tuple(TOKEN in ids for ids, _ in rows),
+            rows=join_rows(
+                rows,
+                sources=[TASK] * 8 + ["diverse"] * 16,
+                has_token=[TOKEN in ids for ids, _ in rows],
+            ),
             token_ids=token_ids,
         )
 

@@ -1,30 +1,21 @@
-"""A driver to be killed: trains what a JSON file says, and notes each logged step in another.
+"""A driver to be killed: trains what a file says, and notes each logged step in another.
 
-python driver.py settings.json storage output steps.jsonl
+python driver.py task.pickle storage output steps.jsonl
 """
 
 import json
+import pickle
 import sys
 from pathlib import Path
 
 from delia.flow.workspace import RayConfig, connect
-from delia.store.models import ModelConfig
+from delia.train.building import TrainInput
 from delia.train.launch import run_training
-from delia.train.loop import TrainInput
-from delia.train.settings import TrainConfig
 
 
 def main() -> None:
     settings, storage, output, steps = sys.argv[1:]
-    tree = json.loads(Path(settings).read_text())
-    task = TrainInput(
-        model=ModelConfig.model_validate(tree["model"]),
-        config=TrainConfig.model_validate(tree["config"]),
-        rows=tuple((tuple(ids), tuple(mask)) for ids, mask in tree["rows"]),
-        is_task=tuple(tree["is_task"]),
-        has_token=tuple(tree["has_token"]),
-        token_ids=tuple(tree["token_ids"]),
-    )
+    task: TrainInput = pickle.loads(Path(settings).read_bytes())  # the test's own
     connect(RayConfig(num_cpus=2))
     with Path(steps).open("a") as file:
 

@@ -1,6 +1,7 @@
 """The loop: gradients and loss by hand, stages, and the same run on one worker, on two, and in this process."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,95 +10,91 @@ from torch import nn
 
 from delia.errors import TrainError
 from delia.model.adapted import LoraConfig, attach
+from delia.model.attention import use_packed_attention
 from delia.model.loading import load_base
+from delia.train.building import TrainInput, build_optimizer, build_order
 from delia.train.launch import run_training
-from delia.train.loop import (
-    IGNORE_INDEX,
-    TrainInput,
-    accumulate_gradients,
-    build_optimizer,
-    build_order,
-    clip_gradients,
-    pad_rows,
-)
-from delia.train.order import split_batch
+from delia.train.loop import accumulate_gradients, clip_gradients
+from delia.train.objective import HeadConfig, prepare_loss, read_head
+from delia.train.packing import pack_batch
+from delia.train.rows import TASK, TrainRows, join_rows
 from delia.train.settings import StageConfig, TrainConfig
 
 # ---- loss and gradients
 
 
 class Bigrams(nn.Module):
-    """Three tokens; the logits of the next depend on the current one alone."""
-
-    device = torch.device("cpu")
+    """Three tokens; the logits of the next depend on the current one alone, whose one-hot is its hidden state."""
 
     def __init__(self, probabilities: list[list[float]]) -> None:
         super().__init__()
-        self.logits_VV = nn.Parameter(torch.tensor(probabilities).log())
+        self.head = nn.Linear(3, 3, bias=False)
+        self.head.weight.data = torch.tensor(probabilities).log().T
+        self.config = SimpleNamespace(vocab_size=3)
 
-    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.logits_VV[input_ids])
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def get_decoder(self):
+        return lambda input_ids, **_: SimpleNamespace(
+            last_hidden_state=nn.functional.one_hot(input_ids, 3).float()
+        )
 
 
 def make_rows(tiny_llama, *rows) -> TrainInput:
-    flags = (True,) * len(rows)
     config = TrainConfig(stages=(StageConfig(max_steps=1),))
-    return TrainInput(model=tiny_llama, config=config, rows=rows, is_task=flags, has_token=flags)
+    joined = join_rows(rows, sources=[TASK] * len(rows), has_token=[True] * len(rows))
+    return TrainInput(model=tiny_llama, config=config, rows=joined)
 
 
 @pytest.fixture
 def by_hand(tiny_llama):
     """Row 0: p(1|0) = 1/4 counts, p(2|1) = 1/2 doesn't. Row 1: p(0|2) = 1/8 and p(0|0) = 1/2 count."""
     rows = (((0, 1, 2), (False, True, False)), ((2, 0, 0), (False, True, True)))
-    return Bigrams([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0.125, 0.375, 0.5]]), make_rows(tiny_llama, *rows)
+    model = Bigrams([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0.125, 0.375, 0.5]])
+    prepare_loss(model, HeadConfig(softcap=None, scale=1.0))
+    return model, make_rows(tiny_llama, *rows).rows
 
 
 def test_the_loss_is_the_mean_over_trained_tokens(by_hand):
     """(ln 4 + ln 8 + ln 2) / 3 = 2 ln 2."""
-    model, task = by_hand
-    loss = accumulate_gradients(model, task, [[0, 1]], num_trained=3, num_workers=1)
+    model, rows = by_hand
+    loss = accumulate_gradients(model, rows, [[0, 1]], num_trained=3, num_workers=1)
     assert loss == pytest.approx(2 * math.log(2), rel=1e-6)
 
 
 def test_the_gradient_is_that_of_the_mean_over_trained_tokens(by_hand):
     """Each counted token adds (probabilities - one-hot) / 3 to the row of its predecessor; row 1 has none."""
-    model, task = by_hand
-    accumulate_gradients(model, task, [[0], [1]], num_trained=3, num_workers=1)
+    model, rows = by_hand
+    accumulate_gradients(model, rows, [[0], [1]], num_trained=3, num_workers=1)
 
     expected = [
         [(2 * 0.5 - 1) / 3, (2 * 0.25 - 1) / 3, 2 * 0.25 / 3],
         [0, 0, 0],
         [-0.875 / 3, 0.375 / 3, 0.5 / 3],
     ]
-    torch.testing.assert_close(model.logits_VV.grad, torch.tensor(expected), atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(model.head.weight.grad.T, torch.tensor(expected), atol=1e-7, rtol=1e-6)
 
 
 def test_a_worker_scales_by_the_number_of_workers_since_their_gradients_are_averaged(by_hand, monkeypatch):
-    model, task = by_hand
-    accumulate_gradients(model, task, [[0]], num_trained=3, num_workers=1)
-    alone = model.logits_VV.grad.clone()
+    model, rows = by_hand
+    accumulate_gradients(model, rows, [[0]], num_trained=3, num_workers=1)
+    alone = model.head.weight.grad.clone()
 
     model.zero_grad()
     monkeypatch.setattr(
         "torch.distributed.all_reduce", lambda total: total.add_(math.log(16))
     )  # row 1's, elsewhere
-    loss = accumulate_gradients(model, task, [[0]], num_trained=3, num_workers=2)
+    loss = accumulate_gradients(model, rows, [[0]], num_trained=3, num_workers=2)
     assert loss == pytest.approx(2 * math.log(2), rel=1e-6)
-    assert torch.equal(model.logits_VV.grad, 2 * alone)
+    assert torch.equal(model.head.weight.grad, 2 * alone)
 
 
 def test_a_micro_batch_without_rows_adds_nothing(by_hand):
-    model, task = by_hand
-    loss = accumulate_gradients(model, task, [[]], num_trained=3, num_workers=1)
+    model, rows = by_hand
+    loss = accumulate_gradients(model, rows, [[]], num_trained=3, num_workers=1)
     assert loss == 0.0
-    assert torch.equal(model.logits_VV.grad, torch.zeros(3, 3))
-
-
-def test_padding_and_what_is_not_trained_have_no_label(by_hand):
-    _, task = by_hand
-    ids_BT, labels_BT = pad_rows(make_rows(task.model, *task.rows, ((1, 2), (False, True))), [2, 1])
-    assert ids_BT.tolist() == [[1, 2, 0], [2, 0, 0]]
-    assert labels_BT.tolist() == [[IGNORE_INDEX, 2, IGNORE_INDEX], [IGNORE_INDEX, 0, 0]]
+    assert torch.equal(model.head.weight.grad, torch.zeros(3, 3))
 
 
 @pytest.fixture(scope="module")
@@ -109,44 +106,32 @@ def adapted(tiny_llama):
         for name, parameter in model.named_parameters():
             if ".lora_B." in name or name.endswith("deltas_KD"):
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    use_packed_attention(model)
+    prepare_loss(model, read_head(model))
     return model
 
 
-def compute_gradients(model, task: TrainInput, micro_batches: list[list[int]], num_trained: int):
+def compute_gradients(model, rows: TrainRows, micro_batches: list[list[int]], num_trained: int):
     model.zero_grad()
-    loss = accumulate_gradients(model, task, micro_batches, num_trained=num_trained, num_workers=1)
+    loss = accumulate_gradients(model, rows, micro_batches, num_trained=num_trained, num_workers=1)
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
-def test_micro_batches_add_up_to_the_batch(adapted, make_input, micro_batch_size):
-    task = make_input()
+@pytest.mark.parametrize("max_tokens", [1, 20, 45])
+def test_micro_batches_add_up_to_the_batch(adapted, make_input, max_tokens):
+    rows = make_input().rows
     batch = [0, 3, 5, 9, 14, 20, 21]
-    num_trained = sum(sum(task.rows[row][1]) for row in batch)
-    lengths = [len(ids) for ids, _ in task.rows]
-    parts = split_batch(batch, lengths, rank=0, num_workers=1, micro_batch_size=micro_batch_size)
+    num_trained = int(rows.num_trained_R[batch].sum())
+    (parts,) = pack_batch(batch, rows.lengths_R.tolist(), num_workers=1, max_tokens=max_tokens)
+    assert len(parts) > 1
 
-    loss, expected = compute_gradients(adapted, task, [batch], num_trained)
-    loss_of_parts, gradients = compute_gradients(adapted, task, parts, num_trained)
+    loss, expected = compute_gradients(adapted, rows, [batch], num_trained)
+    loss_of_parts, gradients = compute_gradients(adapted, rows, parts, num_trained)
     assert loss_of_parts == pytest.approx(loss, rel=1e-6)
     assert len(expected) == 2 * 4 * 2 + 1
     for name, gradient in expected.items():
         difference = (gradients[name] - gradient).norm() / gradient.norm()
         assert difference < 1e-5, name
-
-
-def test_padding_changes_no_gradient(adapted, make_input):
-    """The shortest row, alone and beside the longest, whose own share is taken away again."""
-    task = make_input()
-    order = sorted(range(len(task.rows)), key=lambda row: len(task.rows[row][0]))
-    shortest, longest = order[0], order[-1]
-    assert len(task.rows[shortest][0]) < len(task.rows[longest][0]) / 2
-
-    _, alone = compute_gradients(adapted, task, [[shortest]], 10)
-    _, other = compute_gradients(adapted, task, [[longest]], 10)
-    _, both = compute_gradients(adapted, task, [[shortest, longest]], 10)
-    for name, gradient in alone.items():
-        torch.testing.assert_close(both[name] - other[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_told():
@@ -184,9 +169,7 @@ def test_a_stage_on_token_rows_takes_the_rows_with_a_token(make_input):
 
 def test_a_stage_on_token_rows_without_any_is_refused(tiny_llama):
     task = make_rows(tiny_llama, ((1, 2), (False, True)))
-    without = TrainInput(
-        model=tiny_llama, config=task.config, rows=task.rows, is_task=(True,), has_token=(False,)
-    )
+    without = replace(task, rows=join_rows([((1, 2), (False, True))], sources=[TASK]))
     with pytest.raises(TrainError, match="rows with a declared token, but no row has one"):
         build_order(without, StageConfig(max_steps=1, rows="token"))
 
@@ -223,9 +206,7 @@ def test_saving_changes_nothing_in_any_stage(train_here, make_input):
 
 def test_training_lowers_the_loss(train_here, make_input):
     stage = StageConfig(max_steps=60, learning_rate=2e-2, token_learning_rate=3e-2, warmup_steps=3)
-    losses = train_here(
-        make_input(stages=(stage,), log_every=10, global_batch_size=24, micro_batch_size=24)
-    ).losses
+    losses = train_here(make_input(stages=(stage,), log_every=10, global_batch_size=24)).losses
     assert list(losses) == [10, 20, 30, 40, 50, 60]
     assert losses[60] < losses[10] - 1.0
 

@@ -1,13 +1,12 @@
 """The order of rows: every row once an epoch, the task's evenly spread, a pure function of the step."""
 
-import math
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delia.train.order import BatchOrder, merge_evenly, split_batch
+from delia.train.order import BatchOrder, merge_evenly
 
 
 def make_order(num_task: int, num_diverse: int, batch_size: int, *, seed: int = 0) -> BatchOrder:
@@ -71,35 +70,3 @@ def test_only_chosen_rows_come_and_the_task_is_told_by_its_flag():
 def test_an_order_of_no_rows_is_refused():
     with pytest.raises(ValueError, match="needs at least one row, got 0"):
         BatchOrder([True], chosen=[], batch_size=4, seed=0)
-
-
-LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=40)
-
-
-@given(LENGTHS, st.integers(1, 5), st.integers(1, 6))
-def test_workers_share_a_batch_exactly_and_take_equally_many_micro_batches(
-    lengths, num_workers, micro_batch_size
-):
-    batch = list(range(len(lengths)))
-    parts = [
-        split_batch(batch, lengths, rank=rank, num_workers=num_workers, micro_batch_size=micro_batch_size)
-        for rank in range(num_workers)
-    ]
-    assert Counter(row for part in parts for micro_batch in part for row in micro_batch) == Counter(batch)
-    assert len({len(part) for part in parts}) == 1
-    assert all(len(micro_batch) <= micro_batch_size for part in parts for micro_batch in part)
-    assert sum(map(len, parts[0])) - sum(map(len, parts[-1])) <= 1
-    assert len(parts[0]) == math.ceil(math.ceil(len(batch) / num_workers) / micro_batch_size), (
-        "more passes than are needed"
-    )
-
-
-def test_a_row_that_comes_twice_in_a_batch_is_trained_twice():
-    parts = [split_batch([3, 3, 0], [1, 1, 1, 1], rank=r, num_workers=2, micro_batch_size=1) for r in (0, 1)]
-    assert parts == [[[0], [3]], [[3], []]]
-
-
-def test_rows_of_like_length_go_together():
-    """Lengths 9 8 7 | 2 1 1 in one worker's micro-batches of three: no short row is padded to nine."""
-    lengths = [1, 9, 2, 8, 1, 7]
-    assert split_batch(range(6), lengths, rank=0, num_workers=1, micro_batch_size=3) == [[1, 3, 5], [2, 0, 4]]

@@ -2,11 +2,11 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -43,7 +43,7 @@ def test_a_run_resumed_after_any_step_ends_like_the_whole_one(train_here, make_i
 def test_dropout_is_drawn_anew_each_step_and_never_by_the_adapter_alone(train_here, make_input):
     """Without this the test above could pass with dropout that is off, or equal in every step."""
     stages = (StageConfig(max_steps=3, learning_rate=1e-9, token_learning_rate=1e-9, warmup_steps=0),)
-    whole_batch = {"stages": stages, "global_batch_size": 24, "micro_batch_size": 24}
+    whole_batch = {"stages": stages, "global_batch_size": 24}
     still, wild = (train_here(make_input(dropout=share, **whole_batch)).tensors for share in (0.0, 0.9))
     b_name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
     assert not torch.equal(still[b_name], wild[b_name])
@@ -84,13 +84,10 @@ class Driver:
     def __init__(self, folder: Path, task) -> None:
         self.folder = folder
         self.process: subprocess.Popen[bytes] | None = None
-        tree = asdict(task) | {
-            name: getattr(task, name).model_dump(mode="json") for name in ("model", "config")
-        }
-        (folder / "settings.json").write_text(json.dumps(tree))
+        (folder / "task.pickle").write_bytes(pickle.dumps(task))
 
     def start(self) -> None:
-        names = ("settings.json", "storage", "adapter", "steps.jsonl")
+        names = ("task.pickle", "storage", "adapter", "steps.jsonl")
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         command = [
             sys.executable,

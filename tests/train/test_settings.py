@@ -50,7 +50,7 @@ def test_a_step_past_the_last_stage_is_in_none():
         ({"stages": []}, "stages"),
         ({"stages": [{"max_steps": 0}]}, "stages.0.max_steps"),
         ({"stages": [{"max_steps": 1}], "global_batch_size": 0}, "global_batch_size"),
-        ({"stages": [{"max_steps": 1}], "micro_batch_size": 0}, "micro_batch_size"),
+        ({"stages": [{"max_steps": 1}], "max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch"),
         ({"stages": [{"max_steps": 1}], "num_workers": 0}, "num_workers"),
         ({"stages": [{"max_steps": 1, "parts": ["head"]}]}, "stages.0.parts.0"),
     ],

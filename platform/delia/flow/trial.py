@@ -17,8 +17,9 @@ from delia.mix.mixture import MixConfig, mix
 from delia.schema import Adapter, Messages, Mixture
 from delia.store.pools import Pool
 from delia.store.tables import Manifest, commit, is_finished, read_manifest, upload_directory
+from delia.train.building import TrainInput
 from delia.train.launch import LogMetrics, forward_log, run_training
-from delia.train.loop import TrainInput
+from delia.train.rows import TASK, join_rows
 from delia.train.settings import TrainConfig
 
 EMPTY_POOL_ROOT = "no pool"
@@ -83,22 +84,22 @@ def encode_rows(
 
 def build_input(arm: Arm, space: Workspace, pool: Pool | None) -> TrainInput:
     """Look up the mixture's rows and encode them."""
-    by_id: dict[str, Messages] = {row.row_id: row.messages for row in (pool.rows if pool else ())}
-    by_id.update({row.task_id: row.messages for row in space.task.rows_by_split["train"]})
+    by_id = {row.row_id: (row.messages, row.source) for row in (pool.rows if pool else ())}
+    by_id.update({row.task_id: (row.messages, TASK) for row in space.task.rows_by_split["train"]})
     config, chat = arm.config.train, space.chat
-    chats = [by_id[row_id] for row_id in arm.mixture.row_ids]
+    chats, sources = zip(*(by_id[row_id] for row_id in arm.mixture.row_ids), strict=True)
     encoded = encode_rows(chats, config, chat)
-    kept = [
-        (row, is_task) for row, is_task in zip(encoded, arm.mixture.is_task, strict=True) if row is not None
-    ]
+    kept = [(row, source) for row, source in zip(encoded, sources, strict=True) if row is not None]
     token_ids = tuple(chat.token_ids.values()) if _moves_rows(config) else ()
     instruction = space.task.long_instruction
     return TrainInput(
         model=space.model,
         config=config,
-        rows=tuple((tuple(row.input_ids), tuple(row.loss_mask)) for row, _ in kept),
-        is_task=tuple(is_task for _, is_task in kept),
-        has_token=tuple(any(token in row.input_ids for token in chat.token_ids.values()) for row, _ in kept),
+        rows=join_rows(
+            [(row.input_ids, row.loss_mask) for row, _ in kept],
+            sources=[source for _, source in kept],
+            has_token=[any(token in row.input_ids for token in chat.token_ids.values()) for row, _ in kept],
+        ),
         token_ids=token_ids,
         instruction_ids=tuple(chat.tokenizer.encode(f" {instruction}", add_special_tokens=False))
         if instruction

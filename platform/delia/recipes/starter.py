@@ -9,7 +9,8 @@ from delia.flow.reproduction import ReproduceConfig
 from delia.flow.trial import ArmConfig
 from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.mix.mixture import MixConfig
-from delia.model.adapted import LoraConfig, TokenInit
+from delia.model.adapted import TokenInit
+from delia.model.lora import LoraConfig
 from delia.search.space import SearchConfig
 from delia.store.models import ModelConfig
 from delia.store.tasks import TaskConfig
@@ -148,7 +149,7 @@ def sep_hallucination() -> AdaptConfig:
 
 
 def _with_length(arm: ArmConfig, max_length: int) -> ArmConfig:
-    train = arm.train.model_copy(update={"max_length": max_length, "micro_batch_size": 4})
+    train = arm.train.model_copy(update={"max_length": max_length})
     return arm.model_copy(update={"train": train})
 
 

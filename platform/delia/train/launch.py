@@ -22,7 +22,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from delia.errors import TrainError
 from delia.store.tables import join, open_filesystem
-from delia.train.loop import ADAPTER_FOLDER, TrainInput, train_worker
+from delia.train.building import TrainInput
+from delia.train.loop import ADAPTER_FOLDER, train_worker
 
 logger = logging.getLogger(__name__)
 LogMetrics = Callable[[dict[str, float], int], None]

@@ -45,18 +45,3 @@ class BatchOrder:
         size = len(self._numbers)
         places = range(step * self._batch_size, (step + 1) * self._batch_size)
         return [self._epoch(place // size)[place % size] for place in places]
-
-
-def split_batch(
-    batch: Sequence[int], lengths: Sequence[int], *, rank: int, num_workers: int, micro_batch_size: int
-) -> list[list[int]]:
-    """Return a worker's micro-batches, rows of like length together to save padding.
-
-    Every worker gets the same number of micro-batches, some of them empty, because collectives
-    must be entered by all.
-    """
-    ordered = sorted(batch, key=lambda row: (-lengths[row], row))
-    mine = ordered[rank::num_workers]
-    largest_share = -(-len(batch) // num_workers)
-    num_micro_batches = -(-largest_share // micro_batch_size)
-    return [mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(num_micro_batches)]

@@ -6,7 +6,8 @@ from typing import Literal
 from pydantic import Field
 
 from delia.config import FrozenConfig
-from delia.model.adapted import LoraConfig, Part, TokenInit
+from delia.model.adapted import Part, TokenInit
+from delia.model.lora import LoraConfig
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -29,13 +30,18 @@ class StageConfig(FrozenConfig):
 
 
 class TrainConfig(FrozenConfig):
-    """How an adapter is trained; stages run one after the other on the same parameters."""
+    """How an adapter is trained; stages run one after the other on the same parameters.
+
+    Parameters are sharded over all workers, or over groups of `shard_group` that hold a copy each (HSDP).
+    `gradient_checkpointing` computes layers again in the backward pass, `offload` keeps shards in the host's
+    memory: both give time for memory.
+    """
 
     lora: LoraConfig | None = LoraConfig()
     token_init: TokenInit = "reserved_row"
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     global_batch_size: int = Field(default=32, gt=0)
-    micro_batch_size: int = Field(default=16, gt=0)
+    max_tokens_per_micro_batch: int = Field(default=8192, gt=0)
     max_length: int = 512
     on_long: Literal["error", "drop", "truncate_prompt_left"] = "error"
     train_on: Literal["last", "all"] = "last"
@@ -44,6 +50,9 @@ class TrainConfig(FrozenConfig):
     num_workers: int = Field(default=1, gt=0)
     use_gpu: bool = False
     num_cpus_per_worker: float = 1.0
+    shard_group: int | None = Field(default=None, gt=0)
+    gradient_checkpointing: bool = False
+    offload: bool = False
     checkpoint_every: int = Field(default=100, gt=0)
     num_kept_checkpoints: int = Field(default=2, gt=0)
     log_every: int = Field(default=10, gt=0)

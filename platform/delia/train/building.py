@@ -1,0 +1,149 @@
+"""TrainInput -> a model with what is trained on it, sharded over all workers, and its optimizers."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers import PreTrainedModel
+
+from delia.errors import TrainError
+from delia.model.adapted import attach, initialise_rows, part_of, takes_decay
+from delia.model.attention import use_packed_attention
+from delia.model.loading import load_base
+from delia.model.stand_in import find_stand_in
+from delia.store.models import ModelConfig
+from delia.train.objective import prepare_loss, read_head
+from delia.train.order import BatchOrder
+from delia.train.rows import TrainRows
+from delia.train.settings import StageConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainInput:
+    """Everything a worker needs beside its rank; travels once through Ray's object store."""
+
+    model: ModelConfig
+    config: TrainConfig
+    rows: TrainRows
+    token_ids: tuple[int, ...] = ()
+    instruction_ids: tuple[int, ...] = ()
+
+
+def build_model(task: TrainInput) -> PreTrainedModel:
+    """Load the base, attach what is trained, and shard it; `compute_loss` is then its only entrance.
+
+    LoRA matrices are initialised before sharding, from the seed, the base and the task's rows: any number of
+    workers starts from the same values.
+    """
+    config = task.config
+    model = load_base(task.model, for_training=True)
+    device = "cuda" if config.use_gpu else "cpu"
+    if model.device.type != device:
+        cast(nn.Module, model).to(device)
+    is_task_R = task.rows.is_task_R
+    task_rows = [
+        (ids.tolist(), mask.tolist())
+        for ids, mask in (task.rows[row] for row in range(len(task.rows)) if is_task_R[row])
+    ]
+    stand_ins: list[int | None] = []
+    if config.token_init == "stand_in":
+        stand_ins = [find_stand_in(model, task_rows, token_id) for token_id in task.token_ids]
+    attach(
+        model,
+        lora=config.lora,
+        token_ids=task.token_ids,
+        seed=config.seed,
+        task_rows=[ids for ids, _ in task_rows],
+    )
+    initialise_rows(model, config.token_init, instruction_ids=task.instruction_ids, stand_ins=stand_ins)
+    use_packed_attention(model)
+    head = read_head(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    shard(model, config)
+    prepare_loss(model, head)
+    return model
+
+
+def shard(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Shard layer by layer over all workers (FSDP2), or over groups of `shard_group` of them (HSDP).
+
+    Trained parameters are kept and stepped in float32, and cast to the base's dtype where they are used,
+    which FSDP does even for one worker; one worker in float32 has nothing to gain from it, and the packed
+    weights of a quantised base can't be sharded (PEFT's layers cast for themselves there).
+    """
+    num_workers, dtype = dist.get_world_size(), model.dtype
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    is_whole = dtype == torch.float32 or getattr(model, "is_quantized", False)
+    if num_workers == 1 and is_whole and not config.offload:
+        return
+    group = config.shard_group or num_workers
+    if num_workers % group:
+        raise TrainError(f"train.shard_group={group} must divide the {num_workers} workers; set a divisor")
+    device = "cuda" if config.use_gpu else "cpu"
+    if group == num_workers:
+        mesh = init_device_mesh(device, (num_workers,))
+    else:
+        names = ("replicate", "shard")
+        mesh = init_device_mesh(device, (num_workers // group, group), mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=config.use_gpu) if config.offload else OffloadPolicy()
+    for layer in [*find_layers(model), model]:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
+
+
+def find_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the decoder layers, the units that are sharded and gathered one at a time."""
+    names = set(model._no_split_modules or ())  # the only place where transformers names them
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def build_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
+    """Return AdamW over the parts that a stage moves; each group keeps its peak rate.
+
+    Its state is there from the start: a checkpoint of an earlier stage would else make it by a step
+    on zeros, which Adam counts, so that saving would change what is trained.
+    """
+    peaks = {"lora": stage.learning_rate, "token_rows": stage.token_learning_rate}
+    groups = []
+    for part in stage.parts:
+        for decay, is_decayed in ((stage.weight_decay, True), (0.0, False)):
+            params = [
+                parameter
+                for name, parameter in model.named_parameters()
+                if part_of(name) == part and takes_decay(name) == is_decayed
+            ]
+            if params:
+                peak = peaks[part]
+                groups.append({"params": params, "lr": peak, "peak": peak, "weight_decay": decay})
+    if not groups:
+        raise TrainError(f"a stage moves {list(stage.parts)}, but none of them is attached")
+    optimizer = torch.optim.AdamW(groups)
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        optimizer.state[parameter] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def build_order(task: TrainInput, stage: StageConfig) -> BatchOrder:
+    """Return a stage's batches over all rows, or over those in which a token occurs."""
+    rows = task.rows
+    chosen = [i for i, flag in enumerate(rows.has_token_R.tolist()) if flag or stage.rows == "mixture"]
+    if not chosen:
+        raise TrainError("a stage trains on rows with a declared token, but no row has one")
+    return BatchOrder(
+        rows.is_task_R.tolist(),
+        chosen=chosen,
+        batch_size=task.config.global_batch_size,
+        seed=task.config.seed,
+    )
