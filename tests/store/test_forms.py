@@ -35,7 +35,7 @@ def test_rows_go_into_the_base_where_its_embedding_takes_no_lora(architecture, f
 @pytest.mark.parametrize("has_rows", [False, True])
 def test_what_vllm_knows_no_lora_for_is_merged(architecture, has_rows):
     dora = choose_form(architecture, AdapterTraits(rank=16, has_rows=has_rows, has_dora=True))
-    assert (dora.form, dora.reason) == ("merged", "vLLM has no DoRA")
+    assert (dora.form, dora.reason) == ("merged", "vLLM has no DoRA (use_dora=True)")
     large = choose_form(architecture, AdapterTraits(rank=513, has_rows=has_rows))
     assert (large.form, large.reason) == ("merged", "rank 513 is over vLLM's largest, 512")
     assert choose_form(architecture, AdapterTraits(rank=512)).form == "lora"

@@ -59,7 +59,7 @@ def choose_form(architecture: str, traits: AdapterTraits) -> ServingForm:
         traits: What the adapter holds.
     """
     if traits.has_dora:
-        return ServingForm(form="merged", reason="vLLM has no DoRA")
+        return ServingForm(form="merged", reason="vLLM has no DoRA (use_dora=True)")
     if traits.rank > SERVED_RANKS[-1]:
         return ServingForm(
             form="merged", reason=f"rank {traits.rank} is over vLLM's largest, {SERVED_RANKS[-1]}"
