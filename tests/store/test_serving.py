@@ -142,10 +142,12 @@ def test_of_a_sharded_base_the_embeddings_file_is_written_and_the_others_are_lin
 
 
 def test_a_sharded_base_is_merged_and_a_copy_holds_no_link(tiny_base, tiny_adapter, tmp_path):
+    """Whoever may read one of its files may read all: an engine may run as another user."""
     base = tiny_base("Llama", is_sharded=True)
     adapter = tiny_adapter(base)
     check_equal(write_served("merged", base, adapter, tmp_path, copy=True), base, adapter)
     assert [file.name for file in tmp_path.iterdir() if file.is_symlink()] == []
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
 
 
 def test_what_changes_is_rounded_no_further_than_the_engine_does(tiny_base, tiny_adapter, tmp_path):

@@ -3,6 +3,7 @@
 ADAPTER (a directory or models:/NAME@champion) --write_served--> DIR --compare in HF--> how to serve it
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -97,19 +98,20 @@ def compare(model: ModelConfig, adapter: Path, files: ServedFiles, token_ids: tu
 
 def format_command(files: ServedFiles, model: ModelConfig) -> str:
     """Return the command that serves an export with vLLM."""
-    words = ["vllm serve", f"--dtype {model.dtype}"]
+    words = ["vllm", "serve"]
     if files.model:
-        words.insert(1, str(files.model))
+        words.append(str(files.model))
     elif model.revision:
-        words.insert(1, f"{model.path} --revision {model.revision}")
+        words += [model.path, "--revision", model.revision]
     else:
-        words.insert(1, str(resolve_model(model)))
+        words.append(str(resolve_model(model)))
+    words += ["--dtype", model.dtype]
     if files.adapter:
         rank = fit_rank(read_traits(files.adapter).rank)
-        words.append(f"--enable-lora --max-lora-rank {rank} --lora-modules adapter={files.adapter}")
+        words += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"adapter={files.adapter}"]
         if not files.model:
-            words.append(f"--tokenizer {files.adapter}")  # it names the task's tokens
-    return " ".join(words)
+            words += ["--tokenizer", str(files.adapter)]  # it names the task's tokens
+    return shlex.join(words)
 
 
 def _draw_probes(vocab_size: int, token_ids: tuple[int, ...]) -> list[tuple[list[int], list[bool]]]:

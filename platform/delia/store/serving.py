@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import xxhash
-from safetensors.torch import save_file
 
 from delia.errors import StoreError
 from delia.rng import hash_text
@@ -24,7 +23,7 @@ from delia.store.changes import WeightChange, read_changes
 from delia.store.forms import Form, choose_form, untied_architecture
 from delia.store.models import ModelConfig, identify_model
 from delia.store.tables import MANIFEST, Manifest, commit, is_finished, read_manifest
-from delia.store.weights import HEAD, find_weights, keep_file, placing, write_changed, write_text
+from delia.store.weights import HEAD, find_weights, keep_file, write_changed, write_tensors, write_text
 
 KIND = "served"
 FORMS: tuple[Form, ...] = ("lora", "patched_base", "merged")
@@ -106,8 +105,12 @@ def write_served(
             _write_rest(adapter, output / "adapter", base_model=output / "base")
             places["adapter"] = "adapter"
     details = {"form": form, "reason": needed.reason, "places": places}
+    parents = {"model": identify_model(ModelConfig(path=str(base))), "adapter": hash_adapter(adapter)}
     commit(
-        str(output), Manifest(kind=KIND, fingerprint=identity, root=identity, counts=counts, details=details)
+        str(output),
+        Manifest(
+            kind=KIND, fingerprint=identity, root=identity, counts=counts, parents=parents, details=details
+        ),
     )
     return locate_served(output)
 
@@ -124,8 +127,13 @@ def locate_served(output: Path) -> ServedFiles:
 
 
 def identify_served(form: Form, base: Path, adapter: Path, *, dtype: str) -> str:
-    """Return a hash of what a form is made of: the base as it is identified, the adapter's every file."""
-    parts = [form, dtype, identify_model(ModelConfig(path=str(base)))]
+    """Return a hash of what a form is made of."""
+    return hash_text(form, dtype, identify_model(ModelConfig(path=str(base))), hash_adapter(adapter))
+
+
+def hash_adapter(adapter: Path) -> str:
+    """Return a hash of every file of an adapter, its manifest apart."""
+    parts: list[str] = []
     for file in sorted(file for file in adapter.iterdir() if file.is_file() and file.name != MANIFEST):
         parts += [file.name, xxhash.xxh3_128_hexdigest(file.read_bytes())]
     return hash_text(*parts)
@@ -170,8 +178,7 @@ def _write_rest(adapter: Path, output: Path, *, base_model: Path) -> None:
         config["target_modules"] = [name for name in config["target_modules"] if name not in names]
     for pattern in ("rank_pattern", "alpha_pattern"):
         config[pattern] = {key: value for key, value in config.get(pattern, {}).items() if key not in names}
-    with placing(output / WEIGHTS) as partial:
-        save_file(rest, partial, metadata={"format": "pt"})
+    write_tensors(output / WEIGHTS, rest, {"format": "pt"})
     write_text(output / CONFIG, json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 

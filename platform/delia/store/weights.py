@@ -123,8 +123,7 @@ def write_changed(
             new[name] = changes[name].apply(old[name], wide).contiguous()
         if new_head_from in old:
             new[HEAD] = old[new_head_from]
-        with placing(output / file) as partial:
-            save_file(new, partial, metadata=metadata)
+        write_tensors(output / file, new, metadata)
         counts["files_rewritten"] += 1
         for total, measure in (("total_size", _count_bytes), ("total_parameters", _count_parameters)):
             grown[total] += measure(new) - measure(old)
@@ -157,6 +156,15 @@ def keep_file(source: Path, target: Path, *, copy: bool) -> None:
                 copy = True
         if copy:
             shutil.copyfile(source, partial)
+
+
+def write_tensors(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a whole safetensors file, or nothing that has its name; others may read it as any file."""
+    with placing(target) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(tensors, partial, metadata=metadata)
+        partial.chmod(mode)  # safetensors makes a file for its owner alone
 
 
 def write_text(target: Path, text: str) -> None:
