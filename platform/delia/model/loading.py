@@ -35,6 +35,8 @@ def load_base(config: ModelConfig, *, for_training: bool = False) -> PreTrainedM
         )
     except (ValueError, OSError) as error:
         raise ConfigError(f"can't load base model {config.path!r}: {error}") from error
+    if config.attention == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # transformers' sdpa leaves Gemma 2's cap of the scores out
     model.requires_grad_(False)
     model.eval()
     for module in model.modules():
