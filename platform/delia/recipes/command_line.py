@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from delia import recipes
 from delia.config import Settings, dump_yaml, load_yaml, override
-from delia.errors import ConfigError, DeliaError
+from delia.errors import ConfigError, DeliaError, StoppedError
 
 OWN_NAME = __name__.rpartition(".")[2]
 RUN_NAME = re.compile(r"[\w.-]+")
@@ -131,12 +131,15 @@ def parse_job(
 
 
 def run_job(main: Callable[[], None]) -> None:
-    """Run a job's `main`; an error that the platform raises on purpose is one line and status 2."""
+    """Run a job's `main`; an error that the platform raises on purpose is one line and status 2.
+
+    Status 75 means that the job was asked to stop, and that the same command goes on where it did.
+    """
     try:
         main()
     except DeliaError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
-        sys.exit(2)
+        sys.exit(StoppedError.STATUS if isinstance(error, StoppedError) else 2)
 
 
 def _make_parser(usage: str) -> argparse.ArgumentParser:
