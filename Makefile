@@ -51,7 +51,8 @@ lint: setup ## style, types and the order of imports
 	$(PY) -m mypy --strict platform/delia jobs
 	$(VENV)/bin/lint-imports
 
-bench: setup ## the benchmarks, into tests/benchmarks/RESULTS.md
+bench: setup ## the benchmarks beside their peers, into tests/benchmarks/RESULTS.md
+	$(PIP) install -q --no-deps -r requirements/bench.lock
 	$(PY) tests/benchmarks/run.py
 
 reproduce: setup ## the published table, from nothing

@@ -66,6 +66,12 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "train/trained_tokens_per_second", "tokens/second", "gauge", "Tokens that the loss counts per second"
     ),
+    Metric(
+        "train/peak_memory_bytes",
+        "bytes",
+        "gauge",
+        "Most memory the first worker has held",
+    ),
     Metric("train/step_seconds", "seconds", "gauge", "Wall time of one optimizer step"),
     Metric("evaluate/score", "1", "gauge", "A suite's score; MLflow: one name for each, `score_name`"),
     Metric("evaluate/off_task_kl", "nats", "gauge", "Divergence from the base off the task, per token"),

@@ -94,7 +94,13 @@ def make_input(tiny_llama) -> MakeInput:
         start = rng.randint(2, len(ids) - 2)
         rows.append((tuple(ids), (False,) * start + (True,) * (len(ids) - start)))
 
-    def make(*, token_ids: tuple[int, ...] = (TOKEN,), dropout: float = 0.0, **settings: Any) -> TrainInput:
+    def make(
+        *,
+        token_ids: tuple[int, ...] = (TOKEN,),
+        dropout: float = 0.0,
+        dtype: str = "float32",
+        **settings: Any,
+    ) -> TrainInput:
         stages = (StageConfig(max_steps=12, learning_rate=1e-2, token_learning_rate=3e-2, warmup_steps=3),)
         standard = {
             "stages": stages,
@@ -106,7 +112,7 @@ def make_input(tiny_llama) -> MakeInput:
             "seed": 3,
         }
         return TrainInput(
-            model=tiny_llama,
+            model=tiny_llama.model_copy(update={"dtype": dtype}),
             config=TrainConfig(**(standard | settings)),
             rows=join_rows(
                 rows,

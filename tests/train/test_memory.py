@@ -52,9 +52,13 @@ def test_an_estimate_worked_by_hand():
 def test_each_way_out_needs_less():
     full = estimate_memory(LLAMA_8B, make_config(use_gpu=True), dtype="bfloat16")
     assert estimate_memory(LLAMA_8B, make_config(use_gpu=True), dtype="float32").peak > full.peak
-    again = estimate_memory(LLAMA_8B, make_config(use_gpu=True, gradient_checkpointing=True), dtype="bfloat16")
+    again = estimate_memory(
+        LLAMA_8B, make_config(use_gpu=True, gradient_checkpointing=True), dtype="bfloat16"
+    )
     assert again.kept == 8192 * 32 * 4096 * 2
-    shorter = estimate_memory(LLAMA_8B, make_config(max_tokens_per_micro_batch=1024), dtype="bfloat16")
+    shorter = estimate_memory(
+        LLAMA_8B, make_config(max_tokens_per_micro_batch=1024, use_gpu=True), dtype="bfloat16"
+    )
     assert shorter.kept == full.kept // 8
     eight = estimate_memory(LLAMA_8B, make_config(num_workers=8, use_gpu=True), dtype="bfloat16")
     assert eight.trained == full.trained // 8
@@ -99,8 +103,7 @@ def test_what_is_kept_is_what_autograd_keeps_on_the_starter(dtype, dropout):
     config = make_config(lora=lora, max_length=128, global_batch_size=4)
     form = AutoConfig.from_pretrained(resolve_model(base))
     ratio = estimate_memory(form, config, dtype=dtype).kept / measured
-    print(ratio)
-    assert 0.8 < ratio < 1.25
+    assert 0.9 < ratio < 1.15
 
 
 def test_what_a_device_can_not_hold_is_refused_with_the_numbers_and_the_ways_out():

@@ -83,7 +83,7 @@ def shard(model: PreTrainedModel, config: TrainConfig) -> None:
         names = ("replicate", "shard")
         mesh = init_device_mesh(device, (num_workers // group, group), mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy() if config.offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=config.use_gpu) if config.offload else OffloadPolicy()
     for layer in [*find_layers(model), model]:
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
 

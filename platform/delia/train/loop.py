@@ -7,6 +7,7 @@ trained tokens, so neither micro-batches nor workers change it. Every random cho
 (seed, step), so a checkpoint carries only parameters, optimizer state and the step.
 """
 
+import resource
 import tempfile
 import time
 from collections.abc import Mapping
@@ -82,6 +83,7 @@ def train_worker(settings: Mapping[str, Any]) -> Outcome:
                     "train/tokens_per_second": sum(lengths[row] for row in batch) / seconds,
                     "train/trained_tokens_per_second": num_trained / seconds,
                     "train/step_seconds": seconds,
+                    "train/peak_memory_bytes": read_peak_memory(),
                 },
                 step,
             )
@@ -114,6 +116,13 @@ def accumulate_gradients(
     if num_workers > 1:
         dist.all_reduce(total)
     return float(total) / num_trained
+
+
+def read_peak_memory() -> float:
+    """Return the most bytes that this process held so far: allocated on its GPU, else resident."""
+    if torch.cuda.is_initialized():
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:

@@ -10,7 +10,7 @@ Q width of all query heads, K of all key heads, I of the feed-forward part, s by
 
 A layer that is computed again keeps D x s instead. The backward pass needs `NUM_PASSING` layers' worth
 beside: gradients, temporaries, and what is computed again. Held against the starter (`tests/train/test_memory.py`):
-what is kept is estimated within a quarter; the growth of the resident set over one step of 8,192 and 16,384
+what is kept is estimated within a tenth; the growth of the resident set over one step of 8,192 and 16,384
 tokens was 0.7 to 1.1 times the estimate.
 """
 
