@@ -152,7 +152,9 @@ def train_here(monkeypatch, tmp_path_factory, world_of_one) -> Callable[..., Run
                 run.adapter = kept / ADAPTER_FOLDER
 
         played = SimpleNamespace(
-            get_context=lambda: SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1),
+            get_context=lambda: SimpleNamespace(
+                get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_world_size=lambda: 1
+            ),
             get_all_reported_checkpoints=lambda: [
                 SimpleNamespace(checkpoint=Checkpoint.from_directory(path)) for path in checkpoints
             ],

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig
 
-from delia.errors import ConfigError
 from delia.model.adapted import LoraConfig, attach
 from delia.model.attention import use_packed_attention
 from delia.model.loading import load_base
@@ -12,7 +11,7 @@ from delia.store.models import ModelConfig, resolve_model
 from delia.train.memory import (
     GIB,
     OVERHEAD_BYTES,
-    check_memory,
+    describe_shortage,
     estimate_memory,
     read_device_bytes,
 )
@@ -39,7 +38,7 @@ def make_config(**settings) -> TrainConfig:
 
 
 def test_an_estimate_worked_by_hand():
-    """8.03 billion parameters; four targets of rank 16: 2 x (4096 + 4096) + 2 x (4096 + 1024) = 26624 widths a layer."""
+    """8.03 billion parameters; rank 16 on 2 x (4096 + 4096) + 2 x (4096 + 1024) = 26624 widths a layer."""
     estimate = estimate_memory(LLAMA_8B, make_config(), dtype="bfloat16")
     assert estimate.parameters == estimate.loading == 2 * 8_030_261_248
     assert estimate.trained == 16 * 16 * 26624 * 32
@@ -108,9 +107,7 @@ def test_what_is_kept_is_what_autograd_keeps_on_the_starter(dtype, dropout):
 
 def test_what_a_device_can_not_hold_is_refused_with_the_numbers_and_the_ways_out():
     config = make_config(use_gpu=True)
-    with pytest.raises(ConfigError) as caught:
-        check_memory(STARTER, config, available=GIB)
-    message = str(caught.value)
+    message = describe_shortage(STARTER, config, available=GIB)
     assert message.startswith("training needs about ")
     assert "GiB a worker (loading 0.0, parameters 0.0, trained 0.0, kept 0." in message
     assert "its device has 1.0" in message
@@ -125,8 +122,18 @@ def test_what_a_device_can_not_hold_is_refused_with_the_numbers_and_the_ways_out
 
 
 def test_what_it_can_hold_and_what_nobody_knows_is_not_refused():
-    check_memory(STARTER, make_config(), available=OVERHEAD_BYTES + 8 * GIB)
-    check_memory(STARTER, make_config(), available=None)
+    assert describe_shortage(STARTER, make_config(), available=OVERHEAD_BYTES + 8 * GIB) == ""
+    assert describe_shortage(STARTER, make_config(), available=None) == ""
+
+
+def test_a_worker_says_so_before_it_loads_a_model(train_here, make_input, monkeypatch):
+    monkeypatch.setattr(
+        "delia.train.memory.read_device_bytes", lambda config, num_sharing: GIB // num_sharing
+    )
+    monkeypatch.setattr("delia.train.loop.build_model", lambda task: pytest.fail("a model was loaded"))
+    outcome = train_here(make_input()).outcome
+    assert outcome.step == 0
+    assert "its device has 1.0; set" in outcome.problem
 
 
 def test_the_hosts_memory_is_shared_by_its_workers(monkeypatch, tmp_path):

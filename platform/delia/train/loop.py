@@ -30,6 +30,7 @@ from delia.store.adapters import write_adapter
 from delia.train.building import TrainInput, build_model, build_optimizer, build_order
 from delia.train.checkpoints import gather_trained, resume, save_checkpoint, seal_checkpoint
 from delia.train.guards import Line, LossWatch, Outcome, agree
+from delia.train.memory import find_shortage
 from delia.train.packing import join_stream, pack_batch
 from delia.train.rows import TrainRows
 from delia.train.settings import scale_rate
@@ -44,6 +45,9 @@ def train_worker(settings: Mapping[str, Any]) -> Outcome:
     log: Line = settings["log"]
     config, context = task.config, ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
+    shortage = find_shortage(task, num_sharing=context.get_local_world_size())
+    if agree(shortage):
+        return Outcome(step=0, problem=shortage or "the device of another worker is too small")
     model = build_model(task)
     optimizers = [build_optimizer(model, stage) for stage in config.stages]
     orders = [build_order(task, stage) for stage in config.stages]

@@ -14,16 +14,16 @@ what is kept is estimated within a tenth; the growth of the resident set over on
 tokens was 0.7 to 1.1 times the estimate.
 """
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from delia.errors import ConfigError
 from delia.store.models import ModelConfig, resolve_model
+from delia.train.building import TrainInput
 from delia.train.objective import CHUNK_BYTES
 from delia.train.settings import TrainConfig
 
@@ -123,31 +123,34 @@ def read_device_bytes(config: TrainConfig, *, num_sharing: int) -> int | None:
     """
     if config.use_gpu:
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    total = int(psutil.virtual_memory().total)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else ""
     return min(total, int(limit) if limit.isdigit() else total) // num_sharing
 
 
-def check_memory(
+def find_shortage(task: TrainInput, *, num_sharing: int) -> str:
+    """Return why a task does not fit into this process's device, nothing where it does."""
+    available = read_device_bytes(task.config, num_sharing=num_sharing)
+    return describe_shortage(task.model, task.config, num_tokens=len(task.token_ids), available=available)
+
+
+def describe_shortage(
     model: ModelConfig, config: TrainConfig, *, num_tokens: int = 0, available: int | None
-) -> None:
-    """Refuse a training that the device can't hold.
+) -> str:
+    """Return what a training needs, what there is and the ways out; nothing where it fits.
 
     Args:
         model: The base.
         config: How it is trained.
         num_tokens: How many token rows are trained.
         available: Bytes that a worker has; None where nobody knows.
-
-    Raises:
-        ConfigError: With the parts of the estimate and the ways out.
     """
     if available is None:
-        return
+        return ""
     form = AutoConfig.from_pretrained(resolve_model(model), local_files_only=True)
     estimate = estimate_memory(form, config, dtype=model.dtype, num_tokens=num_tokens)
     if estimate.peak <= available:
-        return
+        return ""
     parts = ", ".join(f"{name} {count / GIB:.1f}" for name, count in asdict(estimate).items())
     ways = [
         f"more than train.num_workers={config.num_workers}, on more machines",
@@ -156,7 +159,7 @@ def check_memory(
         *(["model.dtype=bfloat16"] if model.dtype == "float32" else []),
         *(["train.offload=true"] if config.use_gpu and not config.offload else []),
     ]
-    raise ConfigError(
+    return (
         f"training needs about {estimate.peak / GIB:.1f} GiB a worker ({parts}; {OVERHEAD_BYTES / GIB:.0f} beside"
         f" them), its device has {available / GIB:.1f}; set {', '.join(ways)}"
     )
