@@ -1,5 +1,6 @@
 """A tiny Llama, rows to train on, Ray Train for real, and its part played in this process."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from delia.store.adapters import read_tensors
 from delia.store.models import ModelConfig
 from delia.train.building import TrainInput
 from delia.train.guards import Outcome
-from delia.train.launch import run_training
+from delia.train.launch import SNAPSHOT, run_training
 from delia.train.loop import ADAPTER_FOLDER, train_worker
 from delia.train.rows import TASK, join_rows
 from delia.train.settings import StageConfig, TrainConfig
@@ -182,8 +183,10 @@ def train_on_ray(cluster, tmp_path_factory) -> Callable[..., Run]:
         storage = storage or folder
         run_training(task, name="run", storage=str(storage), output=str(folder / "adapter"), log=log)
         run.adapter = folder / "adapter"
-        kept = sorted(item for item in (storage / "run").glob("checkpoint_*") if item.is_dir())
-        run.checkpoints = dict(zip((6, 12), kept, strict=True))
+        committed = json.loads((storage / "run" / SNAPSHOT).read_text())["checkpoint_results"]
+        kept = [storage / "run" / item["checkpoint_dir_name"] for item in committed]
+        steps = (task.config.max_steps - task.config.checkpoint_every, task.config.max_steps)
+        run.checkpoints = dict(zip(steps, kept, strict=True))
         return run
 
     return train

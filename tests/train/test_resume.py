@@ -1,8 +1,17 @@
 """A run killed anywhere ends like one that was not: bit for bit, and within 1e-5 on other workers."""
 
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
+from delia.errors import TrainError
+from delia.train.guards import Outcome
+from delia.train.launch import SNAPSHOT, catch_termination, forget_torn_snapshot, forward_log
 from delia.train.settings import StageConfig
 
 STAGES = (
@@ -54,3 +63,138 @@ def test_a_finished_run_started_again_trains_nothing_and_leaves_the_same(
     again = train_on_ray(make_input(), storage=storage)
     assert again.losses == {}
     assert_equal_tensors(again.tensors, run_of_one.tensors)
+
+
+# ---- damage
+
+
+@pytest.fixture
+def three_steps(train_here, make_input):
+    """A run of three steps, with a checkpoint of each."""
+    stages = (StageConfig(max_steps=3, learning_rate=1e-2, warmup_steps=0),)
+    task = make_input(stages=stages, checkpoint_every=1, dropout=0.2)
+    return task, train_here(task)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def change(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [cut, change, Path.unlink], ids=["cut", "changed", "lost"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "seal-0.json"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
+    three_steps, train_here, caplog, harm, name
+):
+    task, whole = three_steps
+    harm(whole.checkpoints[2] / name)
+    rest = train_here(task, whole.checkpoints[1], whole.checkpoints[2])
+    assert list(rest.losses) == [2, 3]
+    assert_equal_tensors(rest.tensors, whole.tensors)
+    assert "a checkpoint is damaged, the one before it is taken" in caplog.text
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_names_them_and_the_way_out(three_steps, train_here):
+    task, whole = three_steps
+    for step in (1, 2):
+        cut(whole.checkpoints[step] / "__0_0.distcp")
+    with pytest.raises(TrainError) as caught:
+        train_here(task, whole.checkpoints[1], whole.checkpoints[2])
+    assert str(caught.value).startswith("no checkpoint of this run is whole (")
+    assert f"{whole.checkpoints[1]}: __0_0.distcp was cut or changed" in str(caught.value)
+    assert "remove the run's directory above them to train from the first step" in str(caught.value)
+
+
+def test_a_list_of_checkpoints_that_a_kill_cut_short_is_forgotten_and_a_whole_one_kept(tmp_path, caplog):
+    snapshot = tmp_path / SNAPSHOT
+    forget_torn_snapshot(str(snapshot))
+    snapshot.write_text('{"checkpoint_results": []}')
+    forget_torn_snapshot(str(snapshot))
+    assert snapshot.exists()
+    snapshot.write_text('{"checkpoint_results": [')
+    forget_torn_snapshot(str(snapshot))
+    assert not snapshot.exists()
+    assert "training starts at its first step" in caplog.text
+
+
+# ---- what Ray Train commits and keeps
+
+
+def test_a_directory_that_nobody_committed_is_no_checkpoint_and_old_ones_are_removed(
+    train_on_ray, make_input, tmp_path
+):
+    """Of six checkpoints two stay; a later one that was never committed is not resumed from."""
+    stage = StageConfig(max_steps=6, learning_rate=1e-2, warmup_steps=0)
+    task = make_input(stages=(stage,), checkpoint_every=1, num_kept_checkpoints=2)
+    whole = train_on_ray(task, storage=tmp_path)
+    kept = list(whole.checkpoints.values())
+    assert len(kept) == 2
+
+    snapshot = tmp_path / "run" / SNAPSHOT
+    listed = json.loads(snapshot.read_text())
+    earlier, later = listed["checkpoint_results"]
+    assert [item["metrics"]["step"] for item in (earlier, later)] == [5, 6]
+    listed |= {
+        "checkpoint_results": [earlier],
+        "latest_checkpoint_result": earlier,
+        "checkpoint_report_indices": listed["checkpoint_report_indices"][:1],
+    }
+    snapshot.write_text(json.dumps(listed))  # as a kill just before the commit leaves it
+
+    again = train_on_ray(task, storage=tmp_path)
+    assert list(again.losses) == [6]
+    assert_equal_tensors(again.tensors, whole.tensors)
+
+
+# ---- a wish to stop
+
+
+def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_of_that_step_and_goes_on_from_it(
+    train_here, make_input
+):
+    task = make_input(dropout=0.2)
+    whole = train_here(task)
+    stopped = train_here(task, stop_after=4)
+    assert stopped.outcome == Outcome(step=4)
+    assert list(stopped.checkpoints) == [4]
+    assert stopped.adapter is None
+    rest = train_here(task, stopped.checkpoints[4])
+    assert list(rest.losses) == list(range(5, 13))
+    assert_equal_tensors(rest.tensors, whole.tensors)
+
+
+def test_the_first_signal_is_noted_and_the_second_does_what_it_did_before():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with catch_termination() as is_stopping:
+            assert not is_stopping.is_set()
+            signal.raise_signal(signal.SIGTERM)
+            assert is_stopping.is_set()
+            assert heard == []
+            signal.raise_signal(signal.SIGTERM)
+            assert heard == [signal.SIGTERM]
+        with catch_termination():
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM] * 2, "the handler before is not put back"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_wish_to_stop_reaches_a_worker_through_the_log(cluster):
+    is_stopping = threading.Event()
+    with forward_log(lambda metrics, step: None, is_stopping=is_stopping) as line:
+        for _ in range(50):
+            assert not line.asks_to_stop()
+            time.sleep(0.01)
+        is_stopping.set()
+        deadline = time.monotonic() + 120
+        while not line.asks_to_stop():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
