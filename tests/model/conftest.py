@@ -24,6 +24,8 @@ SHAPES: dict[str, type[PretrainedConfig]] = {
     "gemma2": Gemma2Config,
     "mistral": MistralConfig,
 }
+SLIDING = ("gemma2", "mistral")
+"""Shapes with a sliding window: 8 tokens here, less than most rows of the tests."""
 SaveModel = Callable[..., ModelConfig]
 
 
@@ -50,6 +52,7 @@ def save_model(tmp_path_factory) -> SaveModel:
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
+                **({"sliding_window": 8} if shape in SLIDING else {}),
             )
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(config).save_pretrained(directory)

@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 
-from delia.errors import ConfigError
+from delia.errors import ConfigError, EngineError
 from delia.model.adapted import (
-    LoraConfig,
     TokenRows,
     attach,
     collect,
@@ -16,12 +15,27 @@ from delia.model.adapted import (
 )
 from delia.model.loading import load_base
 from delia.model.logprobs import load_adapted
+from delia.model.lora import LoraConfig
 from delia.store.adapters import CONFIG, check_servable, write_adapter
 
 SHAPES = ("llama", "qwen2", "qwen3", "gemma2", "mistral")
 TOKENS = (7, 300)
 LORA = LoraConfig(rank=4, alpha=12, dropout=0.0)
+WIDE = LORA.model_copy(update={"target_modules": "all-linear"})
 PARTS = {"lora": (LORA, ()), "rows": (None, TOKENS), "both": (LORA, TOKENS)}
+EXPORTS = PARTS | {
+    "all-linear": (WIDE, TOKENS[:1]),
+    "rslora": (WIDE.model_copy(update={"use_rslora": True}), ()),
+    **{init: (WIDE.model_copy(update={"init": init}), TOKENS) for init in ("pissa", "olora", "corda", "eva")},
+}
+DORAS = {
+    "dora": (WIDE.model_copy(update={"use_dora": True}), TOKENS),
+    "dora alone": (LORA.model_copy(update={"use_dora": True}), ()),
+    "dora + rslora + pissa": (
+        WIDE.model_copy(update={"use_dora": True, "use_rslora": True, "init": "pissa"}),
+        TOKENS,
+    ),
+}
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 every_tie = pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 
@@ -161,25 +175,70 @@ def test_a_model_without_token_rows_has_none_to_initialise(save_model):
     assert torch.equal(model.get_input_embeddings().weight, before)
 
 
+@pytest.fixture
+def export(save_model, tmp_path):
+    """Return a function that trains briefly, writes to `tmp_path`, and gives logits of model, base and PEFT."""
+
+    def export(shape: str, lora: LoraConfig | None, token_ids: tuple[int, ...], *, is_tied: bool):
+        settings, ids_BT = save_model(shape, is_tied=is_tied), draw_ids(with_tokens=True)
+        model = attach(
+            load_base(settings),
+            lora=lora,
+            token_ids=token_ids,
+            seed=5,
+            task_rows=draw_ids(with_tokens=False).tolist(),
+        )
+        train_briefly(model)
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        tensors = collect(model, trained, scaling=lora.scaling if lora else 1.0)
+        write_adapter(tmp_path, tensors, vocab_size=model.config.vocab_size, base_model=settings.path)
+        loaded = load_adapted(settings, tmp_path)
+        return [compute_logits(m, ids_BT) for m in (model, load_base(settings), loaded)]
+
+    return export
+
+
+def assert_equal_logits(actual_BTV: torch.Tensor, expected_BTV: torch.Tensor) -> None:
+    """Compare within 1e-5 of the largest logit."""
+    atol = 1e-5 * float(expected_BTV.abs().max())
+    torch.testing.assert_close(actual_BTV, expected_BTV, atol=atol, rtol=0)
+
+
 @every_shape
 @every_tie
-@pytest.mark.parametrize("parts", PARTS)
-def test_peft_makes_of_an_export_what_was_trained(save_model, tmp_path, shape, is_tied, parts):
-    settings = save_model(shape, is_tied=is_tied)
-    lora, token_ids = PARTS[parts]
-    model = attach(load_base(settings), lora=lora, token_ids=token_ids, seed=5)
-    train_briefly(model)
-
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    tensors = collect(model, trained, scaling=LORA.alpha / LORA.rank)
-    write_adapter(tmp_path, tensors, vocab_size=model.config.vocab_size, base_model=settings.path)
+@pytest.mark.parametrize("parts", EXPORTS)
+def test_peft_makes_of_an_export_what_was_trained(export, tmp_path, shape, is_tied, parts):
+    """Over the base as it lies on disk, also where the start took something out of it."""
+    trained_BTV, base_BTV, loaded_BTV = export(shape, *EXPORTS[parts], is_tied=is_tied)
+    assert (trained_BTV - base_BTV).abs().max() > 0.05
+    assert_equal_logits(loaded_BTV, trained_BTV)
     check_servable(tmp_path)
 
-    ids_BT = draw_ids(with_tokens=True)
-    expected_BTV = compute_logits(model, ids_BT)
-    assert (expected_BTV - compute_logits(load_base(settings), ids_BT)).abs().max() > 0.05
-    loaded = load_adapted(settings, tmp_path)
-    torch.testing.assert_close(compute_logits(loaded, ids_BT), expected_BTV, atol=1e-5, rtol=1e-5)
+
+@every_shape
+@every_tie
+@pytest.mark.parametrize("parts", DORAS)
+def test_peft_makes_of_a_dora_export_what_was_trained(export, tmp_path, shape, is_tied, parts):
+    trained_BTV, base_BTV, loaded_BTV = export(shape, *DORAS[parts], is_tied=is_tied)
+    assert (trained_BTV - base_BTV).abs().max() > 0.05
+    assert_equal_logits(loaded_BTV, trained_BTV)
+    with pytest.raises(EngineError, match="use_dora=True"):
+        check_servable(tmp_path)
+
+
+def test_a_start_that_left_the_base_is_exported_by_twice_the_rank(export, tmp_path):
+    export("llama", *EXPORTS["pissa"], is_tied=False)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (8, 8, {"embed_tokens": 2})
+
+
+def test_an_untrained_start_that_left_the_base_is_exported_as_nothing(save_model):
+    lora, _ = EXPORTS["corda"]
+    model = attach(load_base(save_model()), lora=lora, task_rows=draw_ids(with_tokens=False).tolist())
+    tensors = collect(model, dict(model.named_parameters()), scaling=lora.scaling)
+    assert len(tensors.lora_by_module) == 14
+    for a_RI, b_OR in tensors.lora_by_module.values():
+        assert (b_OR @ a_RI).abs().max() < 1e-5 < b_OR[:, :4].abs().max()
 
 
 def test_the_rows_have_a_rank_of_their_own_beside_lora(save_model, tmp_path):
@@ -225,9 +284,3 @@ def test_lora_starts_from_the_seed_alone(save_model):
 def test_an_adapter_of_nothing_is_refused(save_model):
     with pytest.raises(ConfigError, match=r"nothing to train: set train\.lora, or a task with a token"):
         attach(load_base(save_model()), lora=None)
-
-
-@pytest.mark.parametrize("names", [("query",), ("q_proj", "query")], ids=["no name", "one of two names"])
-def test_a_target_that_no_module_is_named_after_is_refused(save_model, names):
-    with pytest.raises(ConfigError, match=r"train\.lora\.target_modules.*'query'"):
-        attach(load_base(save_model()), lora=LoraConfig(target_modules=names))

@@ -1,5 +1,6 @@
 """Adapter directories: what is written, what is refused before an engine sees it, and where they lie."""
 
+import dataclasses
 import json
 
 import pyarrow.fs as pafs
@@ -60,6 +61,27 @@ def test_rows_beside_lora_have_a_rank_of_their_own():
     assert (config["r"], config["lora_alpha"]) == (2, 2)
     assert config["rank_pattern"] == config["alpha_pattern"] == {"embed_tokens": 1}
     assert config["target_modules"] == ["q_proj", "embed_tokens"]
+
+
+def test_a_dora_adapter_holds_a_magnitude_for_every_target_the_embedding_too():
+    magnitudes = {QUERY: torch.tensor([9.0]), "model.embed_tokens": torch.tensor([3.0, 4.0, 5.0])}
+    named, config = to_peft(
+        dataclasses.replace(BOTH, magnitude_by_module=magnitudes), vocab_size=6, base_model="base"
+    )
+    plain, plain_config = to_peft(BOTH, vocab_size=6, base_model="base")
+    assert {name: value.tolist() for name, value in named.items() if name not in plain} == {
+        f"base_model.model.{QUERY}.lora_magnitude_vector": [9.0],
+        "base_model.model.model.embed_tokens.lora_magnitude_vector": [3.0, 4.0, 5.0],
+    }
+    assert config == plain_config | {"use_dora": True}
+
+
+@pytest.mark.parametrize("module", [QUERY, "model.embed_tokens"])
+def test_a_target_without_its_magnitude_is_refused(module):
+    """PEFT would make up the missing one from the base, without a word."""
+    others = {name: torch.ones(1) for name in {QUERY, "model.embed_tokens"} - {module}}
+    with pytest.raises(StoreError, match=rf"a magnitude for every target; \['{module}'\] have none"):
+        to_peft(dataclasses.replace(BOTH, magnitude_by_module=others), vocab_size=6, base_model="base")
 
 
 def test_what_is_written_is_read_back_in_float32(tmp_path):

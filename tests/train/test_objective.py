@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from delia.errors import TrainError
@@ -169,7 +170,10 @@ def test_the_head_s_form_is_read_from_the_config_and_held_against_the_model(make
         read_head(llama)
 
 
-def test_an_output_head_that_is_adapted_itself_is_refused(make_shape):
-    model = attach(make_shape("llama"), lora=LoraConfig(target_modules=("lm_head",)))
-    with pytest.raises(TrainError, match=r"take it out of train\.lora\.target_modules"):
+def test_an_output_head_that_is_no_linear_layer_is_refused(make_shape):
+    model = make_shape("llama")
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.raises(
+        TrainError, match="output head of LlamaForCausalLM is a Sequential, a plain linear layer"
+    ):
         read_head(model)

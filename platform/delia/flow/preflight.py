@@ -18,6 +18,7 @@ from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
 from delia.metrics import score_name
 from delia.mix.mixture import MixConfig, count_rows
+from delia.model.loading import check_quantisation
 from delia.schema import Message, Split, Task
 from delia.store.models import resolve_model
 from delia.store.tasks import read_task
@@ -64,11 +65,19 @@ def check_rows(
     engine: EngineConfig,
     evaluate: EvaluateConfig,
 ) -> None:
-    """Check what needs the model's vocabulary: the lengths of rows, prompts and diverse rows.
+    """Check what needs the model: its quantisation, and the lengths of rows, prompts and diverse rows.
 
     Raises:
         ChatError, TrainError, ConfigError: See the single checks.
     """
+    for train in (arm.train for arm in arms.values()):
+        check_quantisation(
+            space.model,
+            train.lora,
+            num_workers=train.num_workers,
+            use_gpu=train.use_gpu,
+            offload=train.offload,
+        )
     check_lengths(space, arms, engine=engine, evaluate=evaluate)
     check_pool_lengths(space, arms, pool)
     if pool is not None:

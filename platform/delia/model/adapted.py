@@ -2,35 +2,25 @@
 
 The rows of new tokens are a delta on the *input* embedding. The output row stays as it was: an
 instruction-only token is never to be emitted, and a tied head would make it so. LoRA layers are
-PEFT's own. `collect` reads what was trained back as `AdapterTensors`, scaled so that alpha = rank.
+PEFT's own (`delia.model.lora`). `collect` reads what was trained back as `AdapterTensors`, scaled so that
+alpha = rank.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import inject_adapter_in_model
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from delia.config import FrozenConfig
 from delia.errors import ConfigError
+from delia.model.lora import LoraConfig, inject_lora
 from delia.store.adapters import AdapterTensors
 
 Part = Literal["lora", "token_rows"]
 TokenInit = Literal["reserved_row", "mean_vocabulary", "mean_instruction", "stand_in"]
-ADAPTER_NAME = "default"
-
-
-class LoraConfig(FrozenConfig):
-    """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685) of the modules named by suffix."""
-
-    rank: int = Field(default=16, gt=0)
-    alpha: int = Field(default=16, gt=0)
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+MATRICES = (".lora_A.", ".lora_B.")
+MAGNITUDE = ".lora_magnitude_vector."
 
 
 class TokenRows(nn.Module):
@@ -39,17 +29,39 @@ class TokenRows(nn.Module):
     Shapes: ids [B, T] -> [B, T, D]; `deltas_KD` belongs to `token_ids`, in order.
     """
 
+    own_KD: Tensor
+    other_squares_D: Tensor
+
     def __init__(self, embedding: nn.Embedding, token_ids: tuple[int, ...]) -> None:
         """Wrap an embedding; deltas start at zero, in float32."""
         super().__init__()
         self.embedding = embedding
         self.token_ids = token_ids
-        self.deltas_KD = nn.Parameter(torch.zeros(len(token_ids), embedding.embedding_dim))
+        self.deltas_KD = nn.Parameter(
+            torch.zeros(len(token_ids), embedding.embedding_dim, device=embedding.weight.device)
+        )
 
     @property
     def weight(self) -> Tensor:
         """Return the base's weight: what a tied output head shares."""
         return self.embedding.weight
+
+    @torch.no_grad()
+    def keep_norms(self) -> None:
+        """Keep what `norm_columns` needs of the base, while it is whole."""
+        weight_VD = self.embedding.weight
+        own_KD = weight_VD[list(self.token_ids)].double()
+        squares_D = torch.linalg.vector_norm(weight_VD, dim=0, dtype=torch.float64).square()
+        self.register_buffer("own_KD", own_KD, persistent=False)
+        self.register_buffer("other_squares_D", squares_D - own_KD.square().sum(0), persistent=False)
+
+    def norm_columns(self, deltas_KD: Tensor) -> Tensor:
+        """Return the norm over the vocabulary of each dimension, [D] float32, with deltas on the rows.
+
+        PEFT gives every target of a DoRA adapter a magnitude, an embedding too; at this value it does nothing.
+        """
+        squares_D = (self.own_KD.cpu() + deltas_KD).square().sum(0) + self.other_squares_D.cpu()
+        return squares_D.sqrt().float()
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Embed ids; ids outside `token_ids` are embedded as the base does."""
@@ -64,61 +76,53 @@ class TokenRows(nn.Module):
 
 
 def attach(
-    model: PreTrainedModel, *, lora: LoraConfig | None, token_ids: Iterable[int] = (), seed: int = 0
+    model: PreTrainedModel,
+    *,
+    lora: LoraConfig | None,
+    token_ids: Iterable[int] = (),
+    seed: int = 0,
+    task_rows: Sequence[Sequence[int]] = (),
 ) -> PreTrainedModel:
     """Put LoRA layers and token rows on a frozen base, in place; a new adapter changes no output.
 
+    Args:
+        model: The base, whole: shards come later.
+        lora: What is adapted, and how it starts; None for token rows alone.
+        token_ids: Rows of the vocabulary that are trained.
+        seed: All that a random start depends on.
+        task_rows: Token ids of the task's own rows, in order; only `lora.init` corda and eva read them.
+
     Raises:
-        ConfigError: Nothing is to be trained, or no module has a target's name.
+        ConfigError: Nothing is to be trained, or see `inject_lora`.
     """
     ids = tuple(token_ids)
     if lora is None and not ids:
         raise ConfigError("nothing to train: set train.lora, or a task with a token, or both")
     if lora is not None:
-        check_targets(model, lora.target_modules)
-        torch.manual_seed(seed)
-        peft_config = PeftLoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=list(lora.target_modules),
-            task_type="CAUSAL_LM",
-        )
-        try:
-            inject_adapter_in_model(peft_config, model, adapter_name=ADAPTER_NAME)
-        except ValueError as error:
-            raise ConfigError(f"train.lora.target_modules {list(lora.target_modules)}: {error}") from error
+        inject_lora(model, lora, seed=seed, task_rows=task_rows)
     if ids:
         embedding = model.get_input_embeddings()
         if not isinstance(embedding, nn.Embedding):
             raise ConfigError(f"token rows need a plain input embedding, this model has {type(embedding)}")
-        model.set_input_embeddings(TokenRows(embedding, ids))
+        rows = TokenRows(embedding, ids)
+        if lora is not None and lora.use_dora:
+            rows.keep_norms()
+        model.set_input_embeddings(rows)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) is not None)
     return model
 
 
-def check_targets(model: PreTrainedModel, targets: Iterable[str]) -> None:
-    """Refuse a target that no module is named after; PEFT adapts the others and says nothing.
-
-    Raises:
-        ConfigError: With the names that there are.
-    """
-    names = [name for name, _ in model.named_modules()]
-    missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
-    if missing:
-        linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-        raise ConfigError(
-            f"train.lora.target_modules {missing}: no module of {type(model).__name__} has such a name;"
-            f" it has {sorted({name.rpartition('.')[2] for name in linear})}"
-        )
-
-
 def part_of(parameter_name: str) -> Part | None:
     """Return which trained part a parameter belongs to, None for the base's own."""
-    if ".lora_A." in parameter_name or ".lora_B." in parameter_name:
+    if any(mark in parameter_name for mark in (*MATRICES, MAGNITUDE)):
         return "lora"
     return "token_rows" if parameter_name.endswith("deltas_KD") else None
+
+
+def takes_decay(parameter_name: str) -> bool:
+    """Tell whether weight decay applies: to LoRA's matrices, not to magnitudes and token rows."""
+    return any(mark in parameter_name for mark in MATRICES)
 
 
 @torch.no_grad()
@@ -155,26 +159,43 @@ def initialise_rows(
 
 
 def collect(model: PreTrainedModel, trained: Mapping[str, Tensor], *, scaling: float) -> AdapterTensors:
-    """Sort a flat state of trained parameters into an adapter's tensors.
+    """Sort a flat state of trained parameters into an adapter's tensors, over the unchanged base.
+
+    A start that was taken out of the base (`delia.model.lora`) is put back by twice the rank:
+    W' + s B A = W + s [B, -B0] [A; A0].
 
     Args:
-        model: The adapted model; only its names are read, so sharded parameters are fine.
-        trained: Parameter name -> whole tensor.
-        scaling: LoRA's alpha / rank, folded into B.
+        model: The adapted model; only its names and buffers are read, so sharded parameters are fine.
+        trained: Parameter name -> whole tensor, on the CPU.
+        scaling: LoRA's factor of B A (`LoraConfig.scaling`), folded into B.
     """
     embedding = model.get_input_embeddings()
     pairs: dict[str, dict[str, Tensor]] = {}
+    magnitudes: dict[str, Tensor] = {}
     deltas = None
     for name, value in trained.items():
+        module, _, rest = name.partition(".lora_")
         if name.endswith("deltas_KD"):
             deltas = value
-        elif ".lora_A." in name or ".lora_B." in name:
-            module, _, rest = name.partition(".lora_")
+        elif MAGNITUDE in name:
+            magnitudes[module] = value
+        elif any(mark in name for mark in MATRICES):
             pairs.setdefault(module, {})[rest[0]] = value
-    names = {module: name for name, module in model.named_modules()}
+    starts = {name: value.cpu() for name, value in model.named_buffers() if ".start_" in name}
+    lora = {}
+    for module, pair in sorted(pairs.items()):
+        a_RI, b_OR = pair["A"], pair["B"]
+        if f"{module}.start_A" in starts:
+            a_RI = torch.cat((a_RI, starts[f"{module}.start_A"]))
+            b_OR = torch.cat((b_OR, -starts[f"{module}.start_B"]), 1)
+        lora[module] = (a_RI, b_OR * scaling)
+    embedding_module = {module: name for name, module in model.named_modules()}[embedding]
+    if magnitudes and deltas is not None and isinstance(embedding, TokenRows):
+        magnitudes[embedding_module] = embedding.norm_columns(deltas)
     return AdapterTensors(
-        lora_by_module={m: (pair["A"], pair["B"] * scaling) for m, pair in sorted(pairs.items())},
-        embedding_module=names[embedding],
+        lora_by_module=lora,
+        magnitude_by_module=magnitudes,
+        embedding_module=embedding_module,
         token_ids=embedding.token_ids if isinstance(embedding, TokenRows) else (),
         row_deltas_KD=deltas,
     )

@@ -1,24 +1,33 @@
-"""Load a base model: safetensors only, local code only, in the dtype and attention of its settings."""
+"""Load a base model: safetensors only, local code only, in the dtype, attention and form of its settings."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from delia.errors import ConfigError
-from delia.store.models import ModelConfig, resolve_model
+from delia.model.lora import MOVES_BASE, LoraConfig
+from delia.store.models import ModelConfig, Quantisation, resolve_model
 
 
-def load_base(config: ModelConfig) -> PreTrainedModel:
-    """Return the base model on the CPU, in eval mode, its parameters frozen.
+def load_base(config: ModelConfig, *, for_training: bool = False) -> PreTrainedModel:
+    """Return the base model in eval mode, its parameters frozen; on the CPU, or on the GPU if quantised.
+
+    Args:
+        config: The settings.
+        for_training: Whether `config.quantisation` applies; an adapter is served, and so checked, over the
+            base as it lies on disk.
 
     Raises:
-        ConfigError: No such dtype, or the directory holds no causal language model.
+        ConfigError: No such dtype, no GPU to quantise on, or the directory holds no causal language model.
     """
     dtype = getattr(torch, config.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"model.dtype must be float32, bfloat16 or float16, got {config.dtype!r}")
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attention}
+    if for_training and config.quantisation != "none":
+        options |= _quantise(config.quantisation, dtype)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             resolve_model(config), use_safetensors=True, local_files_only=True, **options
@@ -28,3 +37,54 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
     model.requires_grad_(False)
     model.eval()
     return model
+
+
+def _quantise(quantisation: Quantisation, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to quantise while it loads."""
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"model.quantisation={quantisation} needs a GPU, and this process sees none; set train.use_gpu=true on a"
+            " machine that has one, or model.quantisation=none"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.quantisation={quantisation} needs bitsandbytes, which the GPU environment has"
+            " (make setup ACCEL=gpu)"
+        )
+    form = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        if quantisation == "nf4"
+        else BitsAndBytesConfig(load_in_8bit=True)
+    )
+    return {"quantization_config": form, "device_map": {"": torch.cuda.current_device()}}
+
+
+def check_quantisation(
+    model: ModelConfig, lora: LoraConfig | None, *, num_workers: int, use_gpu: bool, offload: bool
+) -> None:
+    """Refuse to train over a quantised base what can't be, from the settings alone.
+
+    Raises:
+        ConfigError: No GPU, several workers or offloaded shards (packed weights are not sharded), or a start
+            that takes something out of the base's weight.
+    """
+    if model.quantisation == "none":
+        return
+    name = f"model.quantisation={model.quantisation}"
+    if not use_gpu:
+        raise ConfigError(f"{name} needs a GPU; set train.use_gpu=true, or model.quantisation=none")
+    if num_workers > 1 or offload:
+        raise ConfigError(
+            f"{name} packs weights in a form that can't be sharded, got train.num_workers={num_workers} and"
+            f" train.offload={str(offload).lower()}; set num_workers=1 and offload=false, or quantisation=none"
+        )
+    if lora is not None and lora.init in MOVES_BASE:
+        raise ConfigError(
+            f"{name} rounds the base's weight, train.lora.init={lora.init} takes its start out of that weight;"
+            " take init=default or eva, or quantisation=none"
+        )

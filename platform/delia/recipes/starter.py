@@ -9,7 +9,8 @@ from delia.flow.reproduction import ReproduceConfig
 from delia.flow.trial import ArmConfig
 from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.mix.mixture import MixConfig
-from delia.model.adapted import LoraConfig, TokenInit
+from delia.model.adapted import TokenInit
+from delia.model.lora import LoraConfig
 from delia.search.space import SearchConfig
 from delia.store.models import ModelConfig
 from delia.store.tasks import TaskConfig

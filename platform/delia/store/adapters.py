@@ -4,7 +4,8 @@
 
 Low-rank matrices are stored scaled, so that alpha equals the rank and every engine's scaling is 1.
 The k trained rows of new tokens are exactly an embedding LoRA of rank k: A [k, V] holds a one-hot
-row a token, B [D, k] the deltas; `rank_pattern` sets it apart from the rest.
+row a token, B [D, k] the deltas; `rank_pattern` sets it apart from the rest. A DoRA adapter also holds
+each target's magnitude.
 """
 
 import json
@@ -33,10 +34,12 @@ class AdapterTensors:
     """What was trained, by the base model's own module names.
 
     `lora_by_module`: name such as `model.layers.0.self_attn.q_proj` -> (A [R, in], B [out, R]),
-    already scaled. `row_deltas_KD` belongs to `token_ids` and to the input embedding alone.
+    already scaled. `magnitude_by_module`, [out], makes it DoRA: then every module has one, and the input
+    embedding too if it has rows. `row_deltas_KD` belongs to `token_ids` and to the input embedding alone.
     """
 
     lora_by_module: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    magnitude_by_module: Mapping[str, torch.Tensor] = field(default_factory=dict)
     embedding_module: str = "model.embed_tokens"
     token_ids: tuple[int, ...] = ()
     row_deltas_KD: torch.Tensor | None = None
@@ -48,7 +51,7 @@ def to_peft(
     """Return the tensors and the `adapter_config.json` of a PEFT LoRA adapter.
 
     Raises:
-        StoreError: Nothing was trained.
+        StoreError: Nothing was trained, or magnitudes are there for some targets only.
     """
     if not tensors.lora_by_module and tensors.row_deltas_KD is None:
         raise StoreError("an adapter needs LoRA matrices, token rows or both; nothing was trained")
@@ -59,6 +62,7 @@ def to_peft(
         named[f"{PREFIX}{module}.lora_B.weight"] = b_OR.float().contiguous()
         rank = max(rank, a_RI.shape[0])
     targets = sorted({module.rpartition(".")[2] for module in tensors.lora_by_module})
+    modules = list(tensors.lora_by_module)
     patterns: dict[str, int] = {}
     if tensors.row_deltas_KD is not None:
         num_rows = len(tensors.token_ids)
@@ -70,8 +74,14 @@ def to_peft(
         )
         embedding = tensors.embedding_module.rpartition(".")[2]
         targets.append(embedding)
+        modules.append(tensors.embedding_module)
         rank = rank or num_rows
         patterns = {embedding: num_rows} if num_rows != rank else {}
+    bare = [module for module in modules if module not in tensors.magnitude_by_module]
+    if tensors.magnitude_by_module and bare:
+        raise StoreError(f"a DoRA adapter has a magnitude for every target; {bare} have none")
+    for module, magnitude in tensors.magnitude_by_module.items():
+        named[f"{PREFIX}{module}.lora_magnitude_vector"] = magnitude.float().contiguous()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -85,6 +95,7 @@ def to_peft(
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
         "init_lora_weights": True,
+        **({"use_dora": True} if tensors.magnitude_by_module else {}),
     }
     return named, config
 

@@ -8,23 +8,29 @@ Addresses, not paths, travel between machines; each process resolves them for it
 """
 
 from pathlib import Path
+from typing import Literal
 
 from delia.config import FrozenConfig
 from delia.errors import ConfigError
 from delia.rng import hash_text
 from delia.store.tables import PACKAGE_SCHEME, open_filesystem
 
+Quantisation = Literal["none", "nf4", "int8"]
+
 
 class ModelConfig(FrozenConfig):
     """A base model and how it is loaded.
 
-    `attention` and `dtype` are the names that transformers and vLLM share.
+    `attention` and `dtype` are the names that transformers and vLLM share. `quantisation` is the form in which
+    the base is trained on (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): bitsandbytes' four-bit NormalFloat
+    with doubly quantised constants, or LLM.int8(). Everything else reads the base as it lies on disk.
     """
 
     path: str
     revision: str | None = None
     dtype: str = "float32"
     attention: str = "sdpa"
+    quantisation: Quantisation = "none"
     chat_template: str | None = None
 
 

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers import PreTrainedModel
 
 from delia.errors import TrainError
-from delia.model.adapted import attach, initialise_rows, part_of
+from delia.model.adapted import attach, initialise_rows, part_of, takes_decay
 from delia.model.attention import use_packed_attention
 from delia.model.loading import load_base
 from delia.model.stand_in import find_stand_in
@@ -36,26 +36,35 @@ class TrainInput:
 def build_model(task: TrainInput) -> PreTrainedModel:
     """Load the base, attach what is trained, and shard it; `compute_loss` is then its only entrance.
 
-    LoRA matrices are initialised before sharding, from the seed alone: any number of workers
-    starts from the same values.
+    LoRA matrices are initialised before sharding, from the seed, the base and the task's rows: any number of
+    workers starts from the same values.
     """
     config = task.config
-    model = load_base(task.model)
+    model = load_base(task.model, for_training=True)
+    device = "cuda" if config.use_gpu else "cpu"
+    if model.device.type != device:
+        cast(nn.Module, model).to(device)
+    is_task_R = task.rows.is_task_R
+    task_rows = [
+        (ids.tolist(), mask.tolist())
+        for ids, mask in (task.rows[row] for row in range(len(task.rows)) if is_task_R[row])
+    ]
     stand_ins: list[int | None] = []
     if config.token_init == "stand_in":
-        is_task_R = task.rows.is_task_R
-        task_rows = [
-            (ids.tolist(), mask.tolist())
-            for ids, mask in (task.rows[row] for row in range(len(task.rows)) if is_task_R[row])
-        ]
         stand_ins = [find_stand_in(model, task_rows, token_id) for token_id in task.token_ids]
-    attach(model, lora=config.lora, token_ids=task.token_ids, seed=config.seed)
+    attach(
+        model,
+        lora=config.lora,
+        token_ids=task.token_ids,
+        seed=config.seed,
+        task_rows=[ids for ids, _ in task_rows],
+    )
     initialise_rows(model, config.token_init, instruction_ids=task.instruction_ids, stand_ins=stand_ins)
     use_packed_attention(model)
     head = read_head(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    cast(nn.Module, model).to("cuda" if config.use_gpu else "cpu").train()
+    model.train()
     shard(model, config)
     prepare_loss(model, head)
     return model
@@ -65,13 +74,15 @@ def shard(model: PreTrainedModel, config: TrainConfig) -> None:
     """Shard layer by layer over all workers (FSDP2), or over groups of `shard_group` of them (HSDP).
 
     Trained parameters are kept and stepped in float32, and cast to the base's dtype where they are used,
-    which FSDP does even for one worker; one worker in float32 has nothing to gain from it.
+    which FSDP does even for one worker; one worker in float32 has nothing to gain from it, and the packed
+    weights of a quantised base can't be sharded (PEFT's layers cast for themselves there).
     """
     num_workers, dtype = dist.get_world_size(), model.dtype
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if num_workers == 1 and dtype == torch.float32 and not config.offload:
+    is_whole = dtype == torch.float32 or getattr(model, "is_quantized", False)
+    if num_workers == 1 and is_whole and not config.offload:
         return
     group = config.shard_group or num_workers
     if num_workers % group:
@@ -103,10 +114,15 @@ def build_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
     peaks = {"lora": stage.learning_rate, "token_rows": stage.token_learning_rate}
     groups = []
     for part in stage.parts:
-        params = [p for name, p in model.named_parameters() if part_of(name) == part]
-        if params:
-            decay = stage.weight_decay if part == "lora" else 0.0
-            groups.append({"params": params, "lr": peaks[part], "peak": peaks[part], "weight_decay": decay})
+        for decay, is_decayed in ((stage.weight_decay, True), (0.0, False)):
+            params = [
+                parameter
+                for name, parameter in model.named_parameters()
+                if part_of(name) == part and takes_decay(name) == is_decayed
+            ]
+            if params:
+                peak = peaks[part]
+                groups.append({"params": params, "lr": peak, "peak": peak, "weight_decay": decay})
     if not groups:
         raise TrainError(f"a stage moves {list(stage.parts)}, but none of them is attached")
     optimizer = torch.optim.AdamW(groups)

@@ -151,7 +151,7 @@ def report_checkpoint(
                 lora = task.config.lora
                 write_adapter(
                     Path(folder) / ADAPTER_FOLDER,
-                    collect(model, trained, scaling=lora.alpha / lora.rank if lora else 1.0),
+                    collect(model, trained, scaling=lora.scaling if lora else 1.0),
                     vocab_size=model.config.vocab_size,
                     base_model=task.model.path,
                 )

@@ -53,7 +53,7 @@ def read_head(model: PreTrainedModel) -> HeadConfig:
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise TrainError(
             f"the output head of {type(model).__name__} is a {type(model.get_output_embeddings()).__name__},"
-            " a plain linear layer is needed; take it out of train.lora.target_modules"
+            " a plain linear layer is needed, since its logits are computed a few tokens at a time"
         )
     ids_BT = torch.arange(min(8, config.vocab_size), device=model.device)[None]
     segments: Any = {"segments": (ids_BT.shape[1],)}

@@ -6,7 +6,8 @@ from typing import Literal
 from pydantic import Field
 
 from delia.config import FrozenConfig
-from delia.model.adapted import LoraConfig, Part, TokenInit
+from delia.model.adapted import Part, TokenInit
+from delia.model.lora import LoraConfig
 
 Schedule = Literal["constant", "linear", "cosine"]
 
