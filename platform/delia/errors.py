@@ -8,6 +8,7 @@ DeliaError
 +-- PoolError                    synthesis can't supply what was asked
 +-- MixtureError (ValueError)    a ratio asks for more rows than the pool holds
 +-- TrainError                   training can't go on: NaN, no trained token, a lost worker
++-- StoppedError                 a job was asked to stop, and did so where it can go on from
 +-- EngineError                  an inference engine failed or refuses an adapter
 |   +-- EngineDiedError          it failed as it ran and can't be asked again
 +-- ExportError                  an exported adapter does not behave like the trained one
@@ -45,6 +46,13 @@ class MixtureError(DeliaError, ValueError):
 
 class TrainError(DeliaError):
     """Training can't start or go on."""
+
+
+class StoppedError(DeliaError):
+    """A job was asked to stop, and did so where the same command goes on; its exit status is `STATUS`."""
+
+    STATUS = 75
+    """`EX_TEMPFAIL` of sysexits.h: a temporary failure, try again."""
 
 
 class EngineError(DeliaError):

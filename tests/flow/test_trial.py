@@ -111,7 +111,7 @@ def test_an_arm_without_a_pool_is_plain_tuning_and_asks_for_nothing_more(space, 
 
 def test_rows_are_encoded_once_in_the_order_of_the_mixture(space, pool):
     arm = plan_arm(make_arm(), space, pool)
-    task = build_input(arm, space, pool)
+    task, _ = build_input(arm, space, pool)
 
     texts = [space.chat.tokenizer.decode(ids) for ids, _ in task.rows]
     assert len(texts) == 12
@@ -126,7 +126,7 @@ def test_rows_are_encoded_once_in_the_order_of_the_mixture(space, pool):
 
 
 def test_a_token_has_one_id_and_the_instruction_that_it_stands_for_its_own(space, pool):
-    task = build_input(plan_arm(make_arm(), space, pool), space, pool)
+    task, _ = build_input(plan_arm(make_arm(), space, pool), space, pool)
     assert task.token_ids == (space.chat.token_ids["<sep>"],)
     assert [ids.count(task.token_ids[0]) for ids, _ in task.rows] == [1] * 4 + [0] * 8
     assert space.chat.tokenizer.decode(list(task.instruction_ids)).strip() == INSTRUCTION
@@ -134,14 +134,14 @@ def test_a_token_has_one_id_and_the_instruction_that_it_stands_for_its_own(space
 
 def test_rows_that_no_stage_moves_are_not_attached(space, pool):
     lora_only = make_arm(stages=(StageConfig(max_steps=2, parts=("lora",)),))
-    task = build_input(plan_arm(lora_only, space, pool), space, pool)
+    task, _ = build_input(plan_arm(lora_only, space, pool), space, pool)
     assert task.token_ids == ()
     assert task.has_token[0], "a row is said to have no token"
 
 
 def test_a_task_without_a_token_trains_lora_alone(space, pool):
     plain = open_workspace(space.output_dir, STARTER, make_task(tokens=()))
-    task = build_input(plan_arm(make_arm(), plain, pool), plain, pool)
+    task, _ = build_input(plan_arm(make_arm(), plain, pool), plain, pool)
     assert (task.token_ids, task.instruction_ids, any(task.has_token)) == ((), (), False)
 
 
@@ -151,7 +151,7 @@ def test_a_long_row_is_an_error_or_dropped_by_setting_with_its_flags(space, pool
         build_input(plan_arm(make_arm(diverse_ratio=2.5, max_length=32), space, long), space, long)
 
     dropping = make_arm(diverse_ratio=2.5, max_length=32, on_long="drop")
-    task = build_input(plan_arm(dropping, space, long), space, long)
+    task, _ = build_input(plan_arm(dropping, space, long), space, long)
     assert len(task.rows) == len(task.is_task) == len(task.has_token) == 4 + 9
     assert sum(task.is_task) == 4
 

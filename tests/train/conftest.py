@@ -1,5 +1,6 @@
 """A tiny Llama, rows to train on, Ray Train for real, and its part played in this process."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ from delia.starter.tokenizer import build_tokenizer
 from delia.store.adapters import read_tensors
 from delia.store.models import ModelConfig
 from delia.train.building import TrainInput
-from delia.train.launch import run_training
+from delia.train.guards import Outcome
+from delia.train.launch import SNAPSHOT, run_training
 from delia.train.loop import ADAPTER_FOLDER, train_worker
 from delia.train.rows import TASK, join_rows
 from delia.train.settings import StageConfig, TrainConfig
@@ -35,12 +37,28 @@ class Run:
     losses: dict[int, float] = field(default_factory=dict)
     checkpoints: dict[int, Path] = field(default_factory=dict)
     adapter: Path | None = None
+    outcome: Outcome | None = None
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors by name."""
         assert self.adapter is not None, "the run did not reach its end"
         return read_tensors(self.adapter)
+
+
+@dataclass
+class LocalLine:
+    """A worker's line to a driver in this process, which asks to stop after a step."""
+
+    run: Run
+    stop_after: int | None
+
+    def __call__(self, metrics: dict[str, float], step: int) -> None:
+        assert step not in self.run.losses, f"step {step} was logged twice"
+        self.run.losses[step] = metrics["train/loss"]
+
+    def asks_to_stop(self) -> bool:
+        return max(self.run.losses, default=0) == self.stop_after
 
 
 @pytest.fixture(scope="session")
@@ -119,12 +137,12 @@ def world_of_one(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture
 def train_here(monkeypatch, tmp_path_factory, world_of_one) -> Callable[..., Run]:
-    """Return a function that runs a worker in this process, from a checkpoint if one is given.
+    """Return a function that runs a worker in this process, from the last of some checkpoints if there are any.
 
     Real model, FSDP2, optimizer and DCP; of Ray Train only the four calls that a worker makes.
     """
 
-    def train(task: TrainInput, checkpoint: Path | None = None) -> Run:
+    def train(task: TrainInput, *checkpoints: Path, stop_after: int | None = None) -> Run:
         run, folder = Run(), tmp_path_factory.mktemp("checkpoints")
 
         def report(metrics: dict[str, int], checkpoint: Checkpoint) -> None:
@@ -135,17 +153,18 @@ def train_here(monkeypatch, tmp_path_factory, world_of_one) -> Callable[..., Run
                 run.adapter = kept / ADAPTER_FOLDER
 
         played = SimpleNamespace(
-            get_context=lambda: SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1),
-            get_checkpoint=lambda: Checkpoint.from_directory(checkpoint) if checkpoint else None,
+            get_context=lambda: SimpleNamespace(
+                get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_world_size=lambda: 1
+            ),
+            get_all_reported_checkpoints=lambda: [
+                SimpleNamespace(checkpoint=Checkpoint.from_directory(path)) for path in checkpoints
+            ],
             report=report,
         )
-        monkeypatch.setattr("delia.train.loop.ray", SimpleNamespace(get=lambda value: value, train=played))
-
-        def log(metrics: dict[str, float], step: int) -> None:
-            assert step not in run.losses, f"step {step} was logged twice"
-            run.losses[step] = metrics["train/loss"]
-
-        train_worker({"input": [task], "log": log})
+        for module in ("loop", "checkpoints"):
+            local = SimpleNamespace(get=lambda value: value, train=played)
+            monkeypatch.setattr(f"delia.train.{module}.ray", local)
+        run.outcome = train_worker({"input": [task], "log": LocalLine(run, stop_after)})
         return run
 
     return train
@@ -164,8 +183,10 @@ def train_on_ray(cluster, tmp_path_factory) -> Callable[..., Run]:
         storage = storage or folder
         run_training(task, name="run", storage=str(storage), output=str(folder / "adapter"), log=log)
         run.adapter = folder / "adapter"
-        kept = sorted(item for item in (storage / "run").glob("checkpoint_*") if item.is_dir())
-        run.checkpoints = dict(zip((6, 12), kept, strict=True))
+        committed = json.loads((storage / "run" / SNAPSHOT).read_text())["checkpoint_results"]
+        kept = [storage / "run" / item["checkpoint_dir_name"] for item in committed]
+        steps = (task.config.max_steps - task.config.checkpoint_every, task.config.max_steps)
+        run.checkpoints = dict(zip(steps, kept, strict=True))
         return run
 
     return train

@@ -1,19 +1,17 @@
 """A run killed anywhere ends like one that was not: bit for bit, and within 1e-5 on other workers."""
 
 import json
-import os
-import pickle
-import subprocess
-import sys
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
-from delia.store.adapters import read_tensors
+from delia.errors import TrainError
+from delia.train.guards import Outcome
+from delia.train.launch import SNAPSHOT, catch_termination, forget_torn_snapshot, forward_log
 from delia.train.settings import StageConfig
 
 STAGES = (
@@ -67,166 +65,136 @@ def test_a_finished_run_started_again_trains_nothing_and_leaves_the_same(
     assert_equal_tensors(again.tensors, run_of_one.tensors)
 
 
-# ---- kills
-
-
-def wait_for(condition: Callable[[], object], what: str, *, seconds: float = 300) -> None:
-    """Poll until something holds; the limit is generous, and only there so that a failure ends."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.02)
-
-
-class Driver:
-    """A training in a process of its own, with a Ray of its own, that may be killed and started again."""
-
-    def __init__(self, folder: Path, task) -> None:
-        self.folder = folder
-        self.process: subprocess.Popen[bytes] | None = None
-        (folder / "task.pickle").write_bytes(pickle.dumps(task))
-
-    def start(self) -> None:
-        names = ("task.pickle", "storage", "adapter", "steps.jsonl")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("driver.py")),
-            *(str(self.folder / n) for n in names),
-        ]
-        with (self.folder / "output.txt").open("ab") as output:
-            self.process = subprocess.Popen(
-                command, stdout=output, stderr=output, env=environment, start_new_session=True
-            )
-
-    def finish(self) -> dict[str, torch.Tensor]:
-        assert self.process is not None
-        code = self.process.wait(timeout=600)
-        assert code == 0, (self.folder / "output.txt").read_text()[-3000:]
-        return read_tensors(self.folder / "adapter")
-
-    def read_steps(self) -> list[int]:
-        """Return the logged steps in the order in which they came."""
-        file = self.folder / "steps.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line)[0] for line in lines if line.endswith("\n")]
-
-    def list_committed(self) -> list[str]:
-        """Return the checkpoints that Ray Train has committed, by the file that it resumes from."""
-        snapshot = self.folder / "storage" / "run" / "checkpoint_manager_snapshot.json"
-        return [item["checkpoint_dir_name"] for item in read_json(snapshot).get("checkpoint_results", [])]
-
-    def find_workers(self) -> list[psutil.Process]:
-        """Return the processes that train."""
-        assert self.process is not None
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in below if "RayTrainWorker" in read_command(process)]
-
-    def is_running(self) -> bool:
-        assert self.process is not None
-        return self.process.poll() is None
-
-
-def read_command(process: psutil.Process) -> str:
-    """Return a process's command line, empty if it is gone."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Tell whether a process still does anything; one that nobody has waited for does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def read_json(file: Path) -> dict:
-    """Return a file's JSON, nothing while it is not there or half written."""
-    try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
+# ---- damage
 
 
 @pytest.fixture
-def make_driver(tmp_path) -> Iterator[Callable[..., Driver]]:
-    drivers: list[Driver] = []
-
-    def make(name: str, task) -> Driver:
-        (tmp_path / name).mkdir()
-        drivers.append(Driver(tmp_path / name, task))
-        return drivers[-1]
-
-    yield make
-    for driver in drivers:
-        if driver.process is not None and driver.is_running():
-            driver.process.kill()
-            driver.process.wait()
+def three_steps(train_here, make_input):
+    """A run of three steps, with a checkpoint of each."""
+    stages = (StageConfig(max_steps=3, learning_rate=1e-2, warmup_steps=0),)
+    task = make_input(stages=stages, checkpoint_every=1, dropout=0.2)
+    return task, train_here(task)
 
 
-@pytest.fixture
-def long_task(make_input):
-    """Long enough to be killed in the middle: 240 steps, a checkpoint every 20, dropout on."""
-    stage = StageConfig(max_steps=240, learning_rate=1e-3, token_learning_rate=1e-3, warmup_steps=10)
-    return make_input(stages=(stage,), checkpoint_every=20, dropout=0.1)
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
 
 
-@pytest.mark.system
-def test_a_killed_worker_and_a_killed_driver_change_nothing(make_driver, long_task):
-    """Three runs of one training: undisturbed, its worker killed, its driver killed and started again."""
-    undisturbed = make_driver("undisturbed", long_task)
-    undisturbed.start()
-    expected = undisturbed.finish()
-    assert undisturbed.read_steps() == list(range(1, 241))
-
-    loses_worker = make_driver("loses-worker", long_task)
-    loses_worker.start()
-    wait_for(loses_worker.list_committed, "a committed checkpoint")
-    (worker,) = loses_worker.find_workers()
-    worker.kill()
-    wait_for(lambda: not is_alive(worker), "the worker's end")
-    assert 240 not in loses_worker.read_steps(), "the kill came too late to show anything"
-    assert_equal_tensors(loses_worker.finish(), expected)
-    assert loses_worker.read_steps().count(1) == 1, "the run started again at its first step"
-
-    loses_driver = make_driver("loses-driver", long_task)
-    loses_driver.start()
-    wait_for(loses_driver.list_committed, "a committed checkpoint")
-    (orphan,) = loses_driver.find_workers()
-    loses_driver.process.kill()
-    loses_driver.process.wait()
-    wait_for(lambda: not is_alive(orphan), "the worker's end")
-    before = loses_driver.read_steps()
-    assert 240 not in before, "the kill came too late to show anything"
-    assert not (loses_driver.folder / "adapter").exists()
-
-    loses_driver.start()
-    assert_equal_tensors(loses_driver.finish(), expected)
-    after = loses_driver.read_steps()[len(before) :]
-    assert after[0] > 20, "the second driver did not go on from the checkpoint"
-    assert after == list(range(after[0], 241))
+def change(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(3600)
-def test_a_driver_killed_at_any_moment_again_and_again_changes_nothing(make_driver, long_task):
-    """Kills fall into starting, training, saving and exporting, wherever the seconds happen to lead."""
-    undisturbed = make_driver("undisturbed", long_task)
-    undisturbed.start()
-    expected = undisturbed.finish()
+@pytest.mark.parametrize("harm", [cut, change, Path.unlink], ids=["cut", "changed", "lost"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "seal-0.json"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
+    three_steps, train_here, caplog, harm, name
+):
+    task, whole = three_steps
+    harm(whole.checkpoints[2] / name)
+    rest = train_here(task, whole.checkpoints[1], whole.checkpoints[2])
+    assert list(rest.losses) == [2, 3]
+    assert_equal_tensors(rest.tensors, whole.tensors)
+    assert "a checkpoint is damaged, the one before it is taken" in caplog.text
 
-    shaken = make_driver("shaken", long_task)
-    for seconds in (4, 9, 14, 17, 20, 23, 26, 30):
-        shaken.start()
-        time.sleep(seconds)
-        if not shaken.is_running():
-            break
-        workers = shaken.find_workers()
-        shaken.process.kill()
-        shaken.process.wait()
-        wait_for(lambda workers=workers: not any(map(is_alive, workers)), "the workers' end")
-    shaken.start()
-    assert_equal_tensors(shaken.finish(), expected)
+
+def test_a_run_whose_checkpoints_are_all_damaged_names_them_and_the_way_out(three_steps, train_here):
+    task, whole = three_steps
+    for step in (1, 2):
+        cut(whole.checkpoints[step] / "__0_0.distcp")
+    with pytest.raises(TrainError) as caught:
+        train_here(task, whole.checkpoints[1], whole.checkpoints[2])
+    assert str(caught.value).startswith("no checkpoint of this run is whole (")
+    assert f"{whole.checkpoints[1]}: __0_0.distcp was cut or changed" in str(caught.value)
+    assert "remove the run's directory above them to train from the first step" in str(caught.value)
+
+
+def test_a_list_of_checkpoints_that_a_kill_cut_short_is_forgotten_and_a_whole_one_kept(tmp_path, caplog):
+    snapshot = tmp_path / SNAPSHOT
+    forget_torn_snapshot(str(snapshot))
+    snapshot.write_text('{"checkpoint_results": []}')
+    forget_torn_snapshot(str(snapshot))
+    assert snapshot.exists()
+    snapshot.write_text('{"checkpoint_results": [')
+    forget_torn_snapshot(str(snapshot))
+    assert not snapshot.exists()
+    assert "training starts at its first step" in caplog.text
+
+
+# ---- what Ray Train commits and keeps
+
+
+def test_a_directory_that_nobody_committed_is_no_checkpoint_and_old_ones_are_removed(
+    train_on_ray, make_input, tmp_path
+):
+    """Of six checkpoints two stay; a later one that was never committed is not resumed from."""
+    stage = StageConfig(max_steps=6, learning_rate=1e-2, warmup_steps=0)
+    task = make_input(stages=(stage,), checkpoint_every=1, num_kept_checkpoints=2)
+    whole = train_on_ray(task, storage=tmp_path)
+    kept = list(whole.checkpoints.values())
+    assert len(kept) == 2
+
+    snapshot = tmp_path / "run" / SNAPSHOT
+    listed = json.loads(snapshot.read_text())
+    earlier, later = listed["checkpoint_results"]
+    assert [item["metrics"]["step"] for item in (earlier, later)] == [5, 6]
+    listed |= {
+        "checkpoint_results": [earlier],
+        "latest_checkpoint_result": earlier,
+        "checkpoint_report_indices": listed["checkpoint_report_indices"][:1],
+    }
+    snapshot.write_text(json.dumps(listed))  # as a kill just before the commit leaves it
+
+    again = train_on_ray(task, storage=tmp_path)
+    assert list(again.losses) == [6]
+    assert_equal_tensors(again.tensors, whole.tensors)
+
+
+# ---- a wish to stop
+
+
+def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_of_that_step_and_goes_on_from_it(
+    train_here, make_input
+):
+    task = make_input(dropout=0.2)
+    whole = train_here(task)
+    stopped = train_here(task, stop_after=4)
+    assert stopped.outcome == Outcome(step=4)
+    assert list(stopped.checkpoints) == [4]
+    assert stopped.adapter is None
+    rest = train_here(task, stopped.checkpoints[4])
+    assert list(rest.losses) == list(range(5, 13))
+    assert_equal_tensors(rest.tensors, whole.tensors)
+
+
+def test_the_first_signal_is_noted_and_the_second_does_what_it_did_before():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with catch_termination() as is_stopping:
+            assert not is_stopping.is_set()
+            signal.raise_signal(signal.SIGTERM)
+            assert is_stopping.is_set()
+            assert heard == []
+            signal.raise_signal(signal.SIGTERM)
+            assert heard == [signal.SIGTERM]
+        with catch_termination():
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM] * 2, "the handler before is not put back"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_wish_to_stop_reaches_a_worker_through_the_log(cluster):
+    is_stopping = threading.Event()
+    with forward_log(lambda metrics, step: None, is_stopping=is_stopping) as line:
+        for _ in range(50):
+            assert not line.asks_to_stop()
+            time.sleep(0.01)
+        is_stopping.set()
+        deadline = time.monotonic() + 120
+        while not line.asks_to_stop():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)

@@ -13,10 +13,10 @@ from delia.config import FrozenConfig, dump_yaml, fingerprint, flatten
 from delia.evaluate.harness import BASE, EvalReport, EvaluateConfig
 from delia.flow.evaluation import evaluate_adapters, measure_pool_drift
 from delia.flow.pool import LogMetrics, PoolConfig, build_pool
-from delia.flow.preflight import check_rows, check_settings, check_split
+from delia.flow.preflight import check_memory, check_rows, check_settings, check_split
 from delia.flow.trial import Arm, ArmConfig, plan_arm, train_arms
 from delia.flow.verify import Verification, verify_export
-from delia.flow.workspace import RayConfig, Workspace, connect, open_workspace
+from delia.flow.workspace import RayConfig, Workspace, connect, open_workspace, starts_cluster
 from delia.generate.engine import EngineConfig
 from delia.schema import Adapter, Split
 from delia.store.adapters import fetch_adapter
@@ -90,6 +90,7 @@ def open_job(config: AdaptConfig) -> Workspace:
     check_settings(task, arms, config.pool)
     space = open_workspace(config.output_dir, config.model, task)
     check_rows(space, arms, config.pool, engine=config.engine, evaluate=config.evaluate)
+    check_memory(space, arms, is_here=starts_cluster(config.ray))
     return space
 
 

@@ -22,6 +22,7 @@ from delia.model.loading import check_quantisation
 from delia.schema import Message, Split, Task
 from delia.store.models import resolve_model
 from delia.store.tasks import read_task
+from delia.train.memory import describe_shortage, read_device_bytes
 
 
 def check_settings(task: Task, arms: Mapping[str, ArmConfig], pool: PoolConfig | None) -> None:
@@ -134,6 +135,26 @@ def check_stages(task: Task, arms: Mapping[str, ArmConfig]) -> None:
                 f"{name}: train.token_init=mean_instruction needs the task's long_instruction; set it in"
                 " task.yaml or task.long_instruction, or take token_init=stand_in"
             )
+
+
+def check_memory(space: Workspace, arms: Mapping[str, ArmConfig], *, is_here: bool) -> None:
+    """Refuse an arm that a worker's device can't hold, as far as the devices are known here.
+
+    Args:
+        space: Has the base model and the tokens.
+        arms: What is trained.
+        is_here: Whether workers run on this machine; elsewhere each asks its own device before it loads.
+
+    Raises:
+        ConfigError: With the estimate and the ways out.
+    """
+    for name, arm in arms.items() if is_here else ():
+        available = read_device_bytes(arm.train, num_sharing=arm.train.num_workers)
+        shortage = describe_shortage(
+            space.model, arm.train, num_tokens=len(space.chat.token_ids), available=available
+        )
+        if shortage:
+            raise ConfigError(f"{name}: {shortage}")
 
 
 def check_lengths(

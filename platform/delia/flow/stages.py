@@ -19,16 +19,17 @@ from delia.flow.adapt import (
     open_job,
 )
 from delia.flow.evaluation import evaluate_adapters
-from delia.flow.pool import build_pool
+from delia.flow.pool import build_pool, pool_fingerprint
 from delia.flow.preflight import check_split
 from delia.flow.table import format_scores
-from delia.flow.trial import Arm, plan_arm, train_arms
+from delia.flow.trial import Arm, build_input, plan_arm, train_arms
 from delia.flow.workspace import Workspace, connect
 from delia.schema import Adapter
 from delia.store.adapters import fetch_adapter
-from delia.store.pools import Pool
-from delia.store.tables import join
+from delia.store.pools import Pool, read_pool
+from delia.store.tables import is_finished, join
 from delia.track.runs import Run, Tracker
+from delia.train.preview import describe_packing, preview_rows
 
 Say = Callable[[str], None]
 
@@ -99,6 +100,35 @@ def train_adapter(config: AdaptConfig, *, say: Say) -> Adapter:
         run.log_artifacts(fetch_adapter(adapter.path), "adapter")
     say(f"adapter: {adapter.path}")
     return adapter
+
+
+def preview_training(config: AdaptConfig, *, num_rows: int, is_coloured: bool, say: Say) -> None:
+    """Show what the recipe's adapter would be trained on: no Ray, no run, nothing generated or trained.
+
+    Diverse rows are shown where the pool is finished; else those of the task alone, and that is said.
+    """
+    space, mixed = open_job(config), config.arm
+    pool = None
+    if config.pool is not None:
+        address = space.address("pools", pool_fingerprint(config.pool, space))
+        if is_finished(address):
+            pool = read_pool(address)
+        else:
+            say(f"the pool is not made yet ({address}): task rows alone; jobs/synthesize.py makes it\n")
+            mixed = config.arm.model_copy(
+                update={"mix": config.arm.mix.model_copy(update={"diverse_ratio": 0.0})}
+            )
+    task, counts = build_input(plan_arm(mixed, space, pool), space, pool)
+    backend = space.chat.table.backend
+    lines = preview_rows(
+        task.rows,
+        num_rows=num_rows,
+        decode=lambda ids: str(backend.decode(list(ids), skip_special_tokens=False)),
+        is_coloured=is_coloured,
+    )
+    for line in (*lines, *describe_packing(task)):
+        say(line)
+    say(f"long rows: {counts['dropped_long']} dropped, {counts['truncated_long']} truncated")
 
 
 def evaluate_adapter(config: AdaptConfig, *, say: Say) -> str:

@@ -1,27 +1,31 @@
 """One trial: a mixture -> an adapter -> its scores. What `adapt` does once and `search` many times."""
 
+import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayTaskError
 
 from delia.chat import ChatEncoder, EncodedChat, save_tokenizer
 from delia.config import FrozenConfig, fingerprint
-from delia.errors import TrainError
+from delia.errors import DeliaError, StoppedError
 from delia.flow.workspace import Workspace
 from delia.mix.mixture import MixConfig, mix
 from delia.schema import Adapter, Messages, Mixture
 from delia.store.pools import Pool
 from delia.store.tables import Manifest, commit, is_finished, read_manifest, upload_directory
 from delia.train.building import TrainInput
-from delia.train.launch import LogMetrics, forward_log, run_training
+from delia.train.guards import check_left, check_template, check_trained
+from delia.train.launch import LogMetrics, catch_termination, forward_log, run_training
 from delia.train.rows import TASK, join_rows
 from delia.train.settings import TrainConfig
 
+logger = logging.getLogger(__name__)
 EMPTY_POOL_ROOT = "no pool"
 
 
@@ -47,7 +51,10 @@ def plan_arm(config: ArmConfig, space: Workspace, pool: Pool | None) -> Arm:
 
     Raises:
         MixtureError: The pool can't supply the ratio.
+        TrainError: The pool is of another template.
     """
+    if pool is not None:
+        check_template(pool.manifest.details.get("template_hash"), space.chat.template_hash)
     task_rows = space.task.rows_by_split["train"]
     mixture = mix(
         task_rows,
@@ -67,32 +74,50 @@ def encode_rows(
     """Turn chats into ids and masks once; None where a long row is dropped by setting.
 
     Raises:
-        TrainError: A row without a trained token.
+        TrainError: A row without a trained token, or whose last one ends no turn.
     """
-    encoded = []
+    return [row for row, _ in _encode(chats, config, chat)]
+
+
+def _encode(
+    chats: Sequence[Messages], config: TrainConfig, chat: ChatEncoder
+) -> Iterator[tuple[EncodedChat | None, bool]]:
+    """Yield each chat's ids and mask, and whether it was longer."""
     for number, messages in enumerate(chats):
-        row = chat.fit(
-            chat.encode_chat(messages, train_on=config.train_on),
-            max_length=config.max_length,
-            on_long=config.on_long,
-        )
-        if row is not None and not any(row.loss_mask):
-            raise TrainError(f"row {number} has no trained token: {messages[-1].content[:80]!r}")
-        encoded.append(row)
-    return encoded
+        whole = chat.encode_chat(messages, train_on=config.train_on)
+        name = f"row {number}, {messages[-1].content[:80]!r},"
+        check_trained(whole.input_ids, whole.loss_mask, end_ids=chat.end_ids, name=name)
+        row = chat.fit(whole, max_length=config.max_length, on_long=config.on_long)
+        yield row, len(whole.input_ids) > config.max_length
 
 
-def build_input(arm: Arm, space: Workspace, pool: Pool | None) -> TrainInput:
-    """Look up the mixture's rows and encode them."""
+def build_input(arm: Arm, space: Workspace, pool: Pool | None) -> tuple[TrainInput, dict[str, int]]:
+    """Look up the mixture's rows and encode them; also return how many long ones were dropped or truncated.
+
+    Raises:
+        TrainError: A row would teach nothing, or none is left.
+    """
     by_id = {row.row_id: (row.messages, row.source) for row in (pool.rows if pool else ())}
     by_id.update({row.task_id: (row.messages, TASK) for row in space.task.rows_by_split["train"]})
     config, chat = arm.config.train, space.chat
     chats, sources = zip(*(by_id[row_id] for row_id in arm.mixture.row_ids), strict=True)
-    encoded = encode_rows(chats, config, chat)
-    kept = [(row, source) for row, source in zip(encoded, sources, strict=True) if row is not None]
+    encoded = list(_encode(chats, config, chat))
+    kept = [(row, source) for (row, _), source in zip(encoded, sources, strict=True) if row is not None]
+    num_dropped = len(encoded) - len(kept)
+    num_truncated = sum(is_long for _, is_long in encoded) - num_dropped
+    check_left([source for _, source in kept], sources, config)
+    if num_dropped or num_truncated:
+        logger.warning(
+            "of %d rows %d were dropped and %d truncated: train.max_length=%d, train.on_long=%s",
+            len(encoded),
+            num_dropped,
+            num_truncated,
+            config.max_length,
+            config.on_long,
+        )
     token_ids = tuple(chat.token_ids.values()) if _moves_rows(config) else ()
     instruction = space.task.long_instruction
-    return TrainInput(
+    task = TrainInput(
         model=space.model,
         config=config,
         rows=join_rows(
@@ -105,10 +130,19 @@ def build_input(arm: Arm, space: Workspace, pool: Pool | None) -> TrainInput:
         if instruction
         else (),
     )
+    return task, {"dropped_long": num_dropped, "truncated_long": num_truncated}
 
 
 def _moves_rows(config: TrainConfig) -> bool:
     return any("token_rows" in stage.parts for stage in config.stages)
+
+
+@dataclass(frozen=True)
+class _Running:
+    name: str
+    started: float
+    sink: ExitStack
+    num_by_fate: dict[str, int]
 
 
 @ray.remote(num_cpus=0)
@@ -128,32 +162,47 @@ def train_arms(
     """Train each arm that is not finished, a few at a time; return the adapters by name.
 
     A job of its own for each arm: Ray Train wants the main thread of a process.
+
+    Raises:
+        StoppedError: SIGTERM came, and each arm that was running has a checkpoint or is finished.
+        TrainError: See `run_training`.
     """
     waiting = [name for name, arm in arms.items() if not is_finished(arm.address)]
-    running: dict[ray.ObjectRef, tuple[str, float, ExitStack]] = {}  # type: ignore[type-arg]
-    with ExitStack() as everything:  # whatever ends first, each log is forwarded to its end
-        while waiting or running:
-            while waiting and len(running) < max_concurrent:
+    running: dict[ray.ObjectRef, _Running] = {}  # type: ignore[type-arg]
+    stopped: list[str] = []
+    # whatever ends first, each log is forwarded to its end
+    with catch_termination() as is_stopping, ExitStack() as everything:
+        while running or (waiting and not is_stopping.is_set()):
+            while waiting and len(running) < max_concurrent and not is_stopping.is_set():
                 name = waiting.pop(0)
-                task = build_input(arms[name], space, pool)
+                task, num_by_fate = build_input(arms[name], space, pool)
                 sink = everything.enter_context(ExitStack())
-                log = sink.enter_context(forward_log(logs[name]))
+                log = sink.enter_context(forward_log(logs[name], is_stopping=is_stopping))
                 storage = space.address("checkpoints", "")
                 reference = _train_remotely.remote(
                     task, arms[name].fingerprint, storage, arms[name].address, log
                 )
-                running[reference] = (name, time.monotonic(), sink)
+                running[reference] = _Running(name, time.monotonic(), sink, num_by_fate)
             done, _ = ray.wait(list(running), num_returns=1)
-            name, started, sink = running.pop(done[0])
-            ray.get(done[0])
-            seal_adapter(arms[name], space)
-            sink.close()  # its actor is a process
-            on_done(name, time.monotonic() - started)
+            ended = running.pop(done[0])
+            try:
+                ray.get(done[0])
+            except RayTaskError as error:
+                if isinstance(error.cause, StoppedError):  # the others have a checkpoint to write yet
+                    stopped.append(str(error.cause))
+                    continue
+                raise error.cause if isinstance(error.cause, DeliaError) else error from None
+            seal_adapter(arms[ended.name], space, counts=ended.num_by_fate)
+            ended.sink.close()  # its actor is a process
+            on_done(ended.name, time.monotonic() - ended.started)
+        if is_stopping.is_set():
+            left = f"arms {waiting} did not begin" if waiting else "every arm began"
+            raise StoppedError("; ".join((*stopped, f"stopped by SIGTERM as adapters were trained, {left}")))
     return {name: read_adapter(arm.address) for name, arm in arms.items()}
 
 
-def seal_adapter(arm: Arm, space: Workspace) -> None:
-    """Add tokenizer and lineage to the adapter's files, and commit the directory."""
+def seal_adapter(arm: Arm, space: Workspace, *, counts: Mapping[str, int] | None = None) -> None:
+    """Add tokenizer and lineage to the adapter's files, and commit the directory; `counts` are of its rows."""
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(space.chat, folder)
         upload_directory(Path(folder), arm.address)
@@ -163,7 +212,8 @@ def seal_adapter(arm: Arm, space: Workspace) -> None:
             kind="adapter",
             fingerprint=arm.fingerprint,
             root=arm.mixture.root,
-            counts={"rows": len(arm.mixture.row_ids), "task_rows": sum(arm.mixture.is_task)},
+            counts={"rows": len(arm.mixture.row_ids), "task_rows": sum(arm.mixture.is_task)}
+            | dict(counts or {}),
             parents={"model": space.model_id, "task": space.task.digest, "mixture": arm.mixture.root},
             details={
                 "base_model": space.model.path,

@@ -38,6 +38,13 @@ class RayConfig(FrozenConfig):
     num_cpus: int | None = None
 
 
+def starts_cluster(config: RayConfig) -> bool:
+    """Tell whether `connect` starts a cluster on this machine, and finds none."""
+    if ray.is_initialized() or JOB_ENVIRONMENT in os.environ:
+        return False
+    return (config.address or os.environ.get("RAY_ADDRESS") or LOCAL) == LOCAL
+
+
 def connect(config: RayConfig) -> None:
     """Connect to Ray once a process; telemetry is off.
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from delia import recipes
 from delia.config import Settings, dump_yaml, load_yaml, override
-from delia.errors import ConfigError, DeliaError
+from delia.errors import ConfigError, DeliaError, StoppedError
 
 OWN_NAME = __name__.rpartition(".")[2]
 RUN_NAME = re.compile(r"[\w.-]+")
@@ -48,6 +48,7 @@ class JobLine(Generic[Settings]):
     dry_run: bool
     run_name: str | None
     allowed_modules: tuple[str, ...]
+    preview: int | None = None
 
 
 def list_recipes(room: ModuleType = recipes) -> dict[str, RecipeEntry]:
@@ -101,7 +102,12 @@ def load_recipe(name: str, *, room: ModuleType = recipes) -> BaseModel:
 
 
 def parse_job(
-    argv: Sequence[str], *, kind: type[Settings], usage: str, room: ModuleType = recipes
+    argv: Sequence[str],
+    *,
+    kind: type[Settings],
+    usage: str,
+    room: ModuleType = recipes,
+    previews: bool = False,
 ) -> JobLine[Settings]:
     """Parse a job's arguments into settings that are complete and checked.
 
@@ -110,16 +116,23 @@ def parse_job(
         kind: The settings that the job takes.
         usage: The job's docstring, shown by `--help`.
         room: The package that recipes are looked up in.
+        previews: Whether the job knows `--preview`.
 
     Raises:
         ConfigError: The settings are not complete, or not right; nothing has been done yet.
         SystemExit: `--help`, or arguments that don't parse.
     """
-    line = _make_parser(usage).parse_args(argv)
+    parser = _make_parser(usage)
+    if previews:
+        parser.add_argument("--preview", type=int, metavar="ROWS", help="show rows and packing, do no work")
+    line = parser.parse_args(argv)
+    preview = getattr(line, "preview", None)
+    if preview is not None and preview < 0:
+        raise ConfigError(f"--preview takes a number of rows, got {preview}; 0 shows the packing alone")
     if line.run_name is not None and not RUN_NAME.fullmatch(line.run_name):
         raise ConfigError(f"--run takes a name of letters, digits, '.', '_' and '-', got {line.run_name!r}")
     settings = override(_read_settings(line, kind, room), line.assignments)
-    if line.run_name is not None and not line.dry_run:
+    if line.run_name is not None and not line.dry_run and preview is None:
         _keep_settings(locate_run(line.run_name), settings)
     return JobLine(
         settings=settings,
@@ -127,16 +140,20 @@ def parse_job(
         dry_run=line.dry_run,
         run_name=line.run_name,
         allowed_modules=tuple(line.allowed_modules),
+        preview=preview,
     )
 
 
 def run_job(main: Callable[[], None]) -> None:
-    """Run a job's `main`; an error that the platform raises on purpose is one line and status 2."""
+    """Run a job's `main`; an error that the platform raises on purpose is one line and status 2.
+
+    Status 75 means that the job was asked to stop, and that the same command goes on where it did.
+    """
     try:
         main()
     except DeliaError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
-        sys.exit(2)
+        sys.exit(StoppedError.STATUS if isinstance(error, StoppedError) else 2)
 
 
 def _make_parser(usage: str) -> argparse.ArgumentParser:

@@ -1,13 +1,19 @@
-"""Checkpoints through torch DCP: trained parameters, optimizer state and the step.
+"""Checkpoints through torch DCP: trained parameters, optimizer state, recent losses and the step.
 
 Each worker writes its own shards, so any number of workers can read them back. Ray Train commits a
-checkpoint when every worker has reported it; a directory on disk is not yet one.
+checkpoint when every worker has reported it; a directory on disk is not yet one. Each worker seals its
+files with their digests, so one that was cut or changed since is seen, and the one before it is taken.
 """
 
+import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import torch
+import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,30 +25,98 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from delia.errors import TrainError
+from delia.train.guards import LossWatch, agree
+
+logger = logging.getLogger(__name__)
+SEAL = "seal-{}.json"
 _SHARDED = StateDictOptions(ignore_frozen_params=True)
 
 
-def _state(model: nn.Module, optimizers: list[torch.optim.AdamW], step: int) -> dict[str, Any]:
+def _state(
+    model: nn.Module, optimizers: list[torch.optim.AdamW], watch: LossWatch, step: int
+) -> dict[str, Any]:
     return {
         "model": get_model_state_dict(model, options=_SHARDED),
         "optimizers": {
             str(index): get_optimizer_state_dict(model, optimizer, options=_SHARDED)
             for index, optimizer in enumerate(optimizers)
         },
+        "recent_2W": watch.recent_2W,
         "step": torch.tensor(step),
     }
 
 
 def save_checkpoint(
-    model: nn.Module, optimizers: list[torch.optim.AdamW], step: int, directory: Path
+    model: nn.Module, optimizers: list[torch.optim.AdamW], watch: LossWatch, step: int, directory: Path
 ) -> None:
     """Write this worker's shards; every worker must call it."""
-    save(_state(model, optimizers, step), checkpoint_id=str(directory))
+    save(_state(model, optimizers, watch, step), checkpoint_id=str(directory))
 
 
-def load_checkpoint(model: nn.Module, optimizers: list[torch.optim.AdamW], directory: Path) -> int:
-    """Read parameters and optimizer state in place; return the step that comes next."""
-    state = _state(model, optimizers, 0)
+def seal_checkpoint(directory: Path) -> None:
+    """Note the digests of this worker's files beside them, when all of them are there."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    digests = {str(file.relative_to(directory)): _digest(file) for file in files}
+    name = SEAL.format(torch.distributed.get_rank())
+    (directory / name).write_text(json.dumps(digests, indent=1))
+
+
+def find_damage(directory: Path) -> str:
+    """Return what is wrong with the files of a checkpoint, nothing where all are as they were sealed."""
+    seals = sorted(directory.glob(SEAL.format("*")))
+    if not seals:
+        return "it has no seal"
+    for seal in seals:
+        try:
+            digests: dict[str, str] = json.loads(seal.read_text())
+        except ValueError:
+            return f"{seal.name} is not whole"
+        for name, digest in digests.items():
+            file = directory / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if _digest(file) != digest:
+                return f"{name} was cut or changed"
+    return ""
+
+
+def _digest(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def resume(model: nn.Module, optimizers: list[torch.optim.AdamW], watch: LossWatch) -> int:
+    """Read the newest whole checkpoint that Ray Train has committed; return the step that comes next.
+
+    Raises:
+        TrainError: There are checkpoints, and each of them is damaged.
+    """
+    kept: Sequence[Any] = ray.train.get_all_reported_checkpoints()
+    problems: list[str] = []
+    for item in reversed(kept):
+        with item.checkpoint.as_directory() as directory:
+            problem = find_damage(Path(directory))
+            if not agree(problem):
+                return load_checkpoint(model, optimizers, watch, Path(directory))
+        problems.append(f"{item.checkpoint.path}: {problem or 'another worker finds it damaged'}")
+        logger.warning("a checkpoint is damaged, the one before it is taken: %s", problems[-1])
+    if problems:
+        raise TrainError(
+            f"no checkpoint of this run is whole ({'; '.join(problems)}); restore one, or remove the run's"
+            " directory above them to train from the first step"
+        )
+    return 0
+
+
+def load_checkpoint(
+    model: nn.Module, optimizers: list[torch.optim.AdamW], watch: LossWatch, directory: Path
+) -> int:
+    """Read parameters, optimizer state and recent losses in place; return the step that comes next."""
+    state = _state(model, optimizers, watch, 0)
     load(state, checkpoint_id=str(directory))
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     for index, optimizer in enumerate(optimizers):

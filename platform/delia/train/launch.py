@@ -1,17 +1,21 @@
-"""Ray Train around the loop: workers, checkpoints, restarts, and the log of the driver.
+"""Ray Train around the loop: workers, checkpoints, restarts, the log of the driver and its wish to stop.
 
     TrainInput -> TorchTrainer (V2) -> the last checkpoint's adapter files at `output`
 
 The run's name is the fingerprint of its input, so a new driver that trains the same thing finds
-the last committed checkpoint under `storage` and goes on from there.
+the last committed checkpoint under `storage` and goes on from there. SIGTERM to the driver (a preempted
+node, `ray job stop`) ends a run after its next checkpoint, which it makes at the end of the step.
 """
 
+import json
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -20,22 +24,28 @@ from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from delia.errors import TrainError
-from delia.store.tables import join, open_filesystem
+from delia.errors import StoppedError, TrainError
+from delia.store.tables import exists, join, open_filesystem, read_bytes
 from delia.train.building import TrainInput
+from delia.train.guards import Outcome
 from delia.train.loop import ADAPTER_FOLDER, train_worker
 
 logger = logging.getLogger(__name__)
 LogMetrics = Callable[[dict[str, float], int], None]
 
 
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Where Ray Train lists the checkpoints that it has committed."""
+
+
 @ray.remote(num_cpus=0)
 class LogSink:
-    """Carries metrics from the first worker to the driver, which alone talks to the tracker."""
+    """Carries metrics from the first worker to the driver, which alone talks to the tracker, and its wish back."""
 
     def __init__(self) -> None:
         """Start empty."""
         self._lines: list[tuple[dict[str, float], int]] = []
+        self._is_stopping = False
 
     def put(self, metrics: dict[str, float], step: int) -> None:
         """Keep one line."""
@@ -46,21 +56,71 @@ class LogSink:
         lines, self._lines = self._lines, []
         return lines
 
+    def stop(self) -> None:
+        """Note that the driver wants an end."""
+        self._is_stopping = True
 
-@dataclass(frozen=True)
+    def is_stopping(self) -> bool:
+        """Tell whether it does."""
+        return self._is_stopping
+
+
+@dataclass
 class RemoteLog:
-    """What a worker calls to log: it never waits for the driver."""
+    """A worker's line to its driver; it never waits for it."""
 
     sink: Any
+    _answer: Any = field(default=None, init=False)
 
     def __call__(self, metrics: dict[str, float], step: int) -> None:
         """Send one line."""
         self.sink.put.remote(metrics, step)
 
+    def asks_to_stop(self) -> bool:
+        """Tell whether the driver wants an end; what it knows is as old as the last call."""
+        if self._answer is None:
+            self._answer = self.sink.is_stopping.remote()
+        if not ray.wait([self._answer], timeout=0)[0]:
+            return False
+        answer, self._answer = self._answer, None
+        try:
+            return bool(ray.get(answer))
+        except RayActorError:  # with its node; nobody will ask any more
+            return False
+
 
 @contextmanager
-def forward_log(log: LogMetrics) -> Iterator[RemoteLog]:
-    """Forward the workers' metrics to `log` on this process, every second and at the end."""
+def catch_termination() -> Iterator[threading.Event]:
+    """While this is open the first SIGTERM sets the event and ends nothing; the second one is as ever.
+
+    Only a main thread hears signals; elsewhere the event is never set.
+    """
+    is_stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield is_stopping
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, before)
+        is_stopping.set()
+
+    signal.signal(signal.SIGTERM, note)
+    try:
+        yield is_stopping
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def forward_log(log: LogMetrics, *, is_stopping: threading.Event | None = None) -> Iterator[RemoteLog]:
+    """Forward the workers' metrics to `log` on this process, every second and at the end.
+
+    A log that is a line already is handed on as it is. Once `is_stopping` is set the workers are told.
+    """
+    if isinstance(log, RemoteLog):
+        yield log
+        return
     sink = LogSink.remote()  # type: ignore[attr-defined]  # added by the decorator
     finished = threading.Event()
 
@@ -75,6 +135,8 @@ def forward_log(log: LogMetrics) -> Iterator[RemoteLog]:
 
     def forward() -> None:
         while not finished.wait(1.0):
+            if is_stopping is not None and is_stopping.is_set():
+                sink.stop.remote()
             drain()
 
     thread = threading.Thread(target=forward, daemon=True)
@@ -99,12 +161,15 @@ def run_training(task: TrainInput, *, name: str, storage: str, output: str, log:
         log: Called on this process with metrics and step.
 
     Raises:
-        TrainError: The workers failed more than `max_failures` times.
+        TrainError: The workers failed more than `max_failures` times, or the loss can't be trusted; with
+            the last good checkpoint.
+        StoppedError: The driver asked for an end; the checkpoint is committed.
     """
     config = task.config
+    forget_torn_snapshot(join(storage, name, SNAPSHOT))
     with forward_log(log) as remote_log:
         trainer = TorchTrainer(
-            train_worker,
+            train_worker,  # type: ignore[arg-type]  # V2 hands on what the first worker returns
             train_loop_config={"input": [ray.put(task)], "log": remote_log},
             torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
             scaling_config=ScalingConfig(
@@ -127,6 +192,17 @@ def run_training(task: TrainInput, *, name: str, storage: str, output: str, log:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise TrainError(f"training {name} failed: {error}") from error
+    outcome: Outcome = result.return_value  # type: ignore[attr-defined]  # as above
+    good = "none yet"
+    if result.checkpoint is not None:
+        good = f"step {(result.metrics or {})['step']} in {result.checkpoint.path}"
+    if outcome.problem:
+        raise TrainError(f"training {name}: {outcome.problem}; last good checkpoint: {good}")
+    if outcome.step < config.max_steps:
+        raise StoppedError(
+            f"training {name} was asked to stop and did so after step {outcome.step} of {config.max_steps};"
+            f" checkpoint: {good}; start it again with the same settings to go on from there"
+        )
     if result.checkpoint is None:
         raise TrainError(f"training {name} left no checkpoint under {storage}")
     source = join(result.checkpoint.path, ADAPTER_FOLDER)
@@ -138,3 +214,18 @@ def run_training(task: TrainInput, *, name: str, storage: str, output: str, log:
         source_filesystem=result.checkpoint.filesystem,
         destination_filesystem=target_filesystem,
     )
+
+
+def forget_torn_snapshot(address: str) -> None:
+    """Remove Ray Train's list of checkpoints if it is cut short; the run then starts at its first step.
+
+    Ray writes it in place, so a driver killed in that moment leaves a part, which no later run could read.
+    """
+    if not exists(address):
+        return
+    try:
+        json.loads(read_bytes(address))
+    except ValueError:
+        logger.warning("%s was cut short by a kill: training starts at its first step", address)
+        filesystem, path = open_filesystem(address)
+        filesystem.delete_file(path)

@@ -7,11 +7,10 @@ trained tokens, so neither micro-batches nor workers change it. Every random cho
 (seed, step), so a checkpoint carries only parameters, optimizer state and the step.
 """
 
-import math
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,12 +24,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from delia.errors import TrainError
 from delia.model.adapted import collect
 from delia.rng import derive_seed
 from delia.store.adapters import write_adapter
 from delia.train.building import TrainInput, build_model, build_optimizer, build_order
-from delia.train.checkpoints import gather_trained, load_checkpoint, save_checkpoint
+from delia.train.checkpoints import gather_trained, resume, save_checkpoint, seal_checkpoint
+from delia.train.guards import Line, LossWatch, Outcome, agree
+from delia.train.memory import find_shortage
 from delia.train.packing import join_stream, pack_batch
 from delia.train.rows import TrainRows
 from delia.train.settings import scale_rate
@@ -39,21 +39,21 @@ from delia.train.weighting import TokenWeighter, weigh_equally
 ADAPTER_FOLDER = "adapter"
 
 
-def train_worker(settings: Mapping[str, Any]) -> None:
+def train_worker(settings: Mapping[str, Any]) -> Outcome:
     """Run on each Ray Train worker: train, report, and leave the trained tensors in a checkpoint."""
     task: TrainInput = ray.get(settings["input"][0])
-    log: Callable[[dict[str, float], int], None] = settings["log"]
+    log: Line = settings["log"]
     config, context = task.config, ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
+    shortage = find_shortage(task, num_sharing=context.get_local_world_size())
+    if agree(shortage):
+        return Outcome(step=0, problem=shortage or "the device of another worker is too small")
     model = build_model(task)
     optimizers = [build_optimizer(model, stage) for stage in config.stages]
     orders = [build_order(task, stage) for stage in config.stages]
     lengths, num_trained_R = task.rows.lengths_R.tolist(), task.rows.num_trained_R
-    step = 0
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as directory:
-            step = load_checkpoint(model, optimizers, Path(directory))
+    watch = LossWatch(config)
+    step = resume(model, optimizers, watch)
     while step < config.max_steps:
         started = time.monotonic()
         stage_index, stage_step = config.locate(step)
@@ -69,11 +69,9 @@ def train_worker(settings: Mapping[str, Any]) -> None:
         )
         moved = [p for group in optimizer.param_groups for p in group["params"]]
         norm = clip_gradients(moved, config.max_grad_norm)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise TrainError(
-                f"step {step}: loss {loss}, gradient norm {norm}; lower the learning rate,"
-                f" or start again from the last good checkpoint (every {config.checkpoint_every} steps)"
-            )
+        problem = watch.see(step, loss, norm)
+        if problem:
+            return Outcome(step=step, problem=problem)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale_rate(stage, stage_step)
         optimizer.step()
@@ -93,8 +91,12 @@ def train_worker(settings: Mapping[str, Any]) -> None:
                 },
                 step,
             )
-        if step % config.checkpoint_every == 0 or step == config.max_steps:
-            report_checkpoint(model, optimizers, step, task)
+        is_stopped = agree(log.asks_to_stop())
+        if step % config.checkpoint_every == 0 or step == config.max_steps or is_stopped:
+            report_checkpoint(model, optimizers, step, task, watch)
+        if is_stopped:
+            break
+    return Outcome(step=step)
 
 
 def accumulate_gradients(
@@ -134,11 +136,15 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
 
 
 def report_checkpoint(
-    model: PreTrainedModel, optimizers: list[torch.optim.AdamW], step: int, task: TrainInput
+    model: PreTrainedModel,
+    optimizers: list[torch.optim.AdamW],
+    step: int,
+    task: TrainInput,
+    watch: LossWatch,
 ) -> None:
     """Hand Ray Train a checkpoint; the last one also holds the adapter's files."""
     with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(model, optimizers, step, Path(folder))
+        save_checkpoint(model, optimizers, watch, step, Path(folder))
         if step == task.config.max_steps:
             trained = gather_trained(model)
             if dist.get_rank() == 0:
@@ -149,4 +155,5 @@ def report_checkpoint(
                     vocab_size=model.config.vocab_size,
                     base_model=task.model.path,
                 )
+        seal_checkpoint(Path(folder))
         ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder))

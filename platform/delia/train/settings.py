@@ -34,8 +34,9 @@ class TrainConfig(FrozenConfig):
 
     Parameters are sharded over all workers, or over groups of `shard_group` that hold a copy each (HSDP).
     `gradient_checkpointing` computes layers again in the backward pass, `offload` keeps shards in the host's
-    memory: both give time for memory. `compile` lets
-    torch.compile fuse what lies between matrix products; its first steps take minutes, and it needs a compiler.
+    memory: both give time for memory. `compile` lets torch.compile fuse what lies between matrix products;
+    its first steps take minutes, and it needs a compiler. `max_loss_spike` and `max_norm_spike` end a training
+    that goes wrong (see `train.guards`).
     """
 
     lora: LoraConfig | None = LoraConfig()
@@ -47,6 +48,8 @@ class TrainConfig(FrozenConfig):
     on_long: Literal["error", "drop", "truncate_prompt_left"] = "error"
     train_on: Literal["last", "all"] = "last"
     max_grad_norm: float = Field(default=1.0, gt=0)
+    max_loss_spike: float | None = Field(default=5.0, gt=1)
+    max_norm_spike: float | None = Field(default=100.0, gt=1)
     seed: int = 0
     num_workers: int = Field(default=1, gt=0)
     use_gpu: bool = False

@@ -1,6 +1,6 @@
 """A driver to be killed: trains what a file says, and notes each logged step in another.
 
-python driver.py task.pickle storage output steps.jsonl
+python train_driver.py task.pickle storage output steps.jsonl
 """
 
 import json
@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from delia.flow.workspace import RayConfig, connect
+from delia.recipes.command_line import run_job
 from delia.train.building import TrainInput
-from delia.train.launch import run_training
+from delia.train.launch import catch_termination, forward_log, run_training
 
 
 def main() -> None:
@@ -23,8 +24,9 @@ def main() -> None:
             file.write(json.dumps([step, metrics["train/loss"]]) + "\n")
             file.flush()
 
-        run_training(task, name="run", storage=storage, output=output, log=log)
+        with catch_termination() as is_stopping, forward_log(log, is_stopping=is_stopping) as line:
+            run_training(task, name="run", storage=storage, output=output, log=line)
 
 
 if __name__ == "__main__":
-    main()
+    run_job(main)

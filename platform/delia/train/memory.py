@@ -1,0 +1,165 @@
+"""What a worker will need of its device's memory, from the settings alone, before a model is loaded.
+
+Per token and layer, what the backward pass of a Llama-like layer keeps (T tokens of a micro-batch, D hidden,
+Q width of all query heads, K of all key heads, I of the feed-forward part, s bytes of a number):
+
+    residual stream at two norms, in float32     2 D x 4
+    queries, keys, values and what is attended   (2 Q + 2 K) x s
+    gate, up and their product                   3 I x s
+    input of each LoRA matrix                    its width x s, and of its dropout x 1 (x s on a CPU)
+
+A layer that is computed again keeps D x s instead. The backward pass needs `NUM_PASSING` layers' worth
+beside: gradients, temporaries, and what is computed again. Held against the starter (`tests/train/test_memory.py`):
+what is kept is estimated within a tenth; the growth of the resident set over one step of 8,192 and 16,384
+tokens was 0.7 to 1.1 times the estimate.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from delia.store.models import ModelConfig, resolve_model
+from delia.train.building import TrainInput
+from delia.train.objective import CHUNK_BYTES
+from delia.train.settings import TrainConfig
+
+GIB = 1 << 30
+OVERHEAD_BYTES = GIB
+"""Libraries, the device's context, buffers of collectives, and what an allocator can't use."""
+NUM_CHUNKS = 4
+"""Arrays of a chunk of logits that exist at once."""
+NUM_PASSING = 3
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes that one worker needs.
+
+    Attributes:
+        loading: The whole base, which is read before it is sharded.
+        parameters: The worker's shard of the base, and two layers gathered.
+        trained: Trained parameters, their gradients and Adam's two moments in float32, sharded.
+        kept: What the forward pass of the largest micro-batch keeps for the backward pass.
+        passing: What comes and goes in the backward pass.
+        logits: A chunk of them, and its gradients.
+    """
+
+    loading: int
+    parameters: int
+    trained: int
+    kept: int
+    passing: int
+    logits: int
+
+    @property
+    def peak(self) -> int:
+        """Return the most that exists at once."""
+        training = self.parameters + self.trained + self.kept + self.passing + self.logits
+        return OVERHEAD_BYTES + max(self.loading, training)
+
+
+def estimate_memory(
+    model: PretrainedConfig, config: TrainConfig, *, dtype: str, num_tokens: int = 0
+) -> MemoryEstimate:
+    """Return what a worker needs to train a model of this form.
+
+    Args:
+        model: The base's own config; a model of its shapes is built without memory.
+        config: How it is trained.
+        dtype: The base's, by its torch name.
+        num_tokens: How many token rows are trained.
+    """
+    size = getattr(torch, dtype).itemsize
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(model)
+    num_parameters = sum(parameter.numel() for parameter in shapes.parameters())
+    num_layers = int(model.num_hidden_layers)
+    num_embedded = shapes.get_input_embeddings().weight.numel()
+    layer = (num_parameters - num_embedded) // num_layers
+    num_trained, lora_width = num_tokens * int(model.hidden_size), 0
+    for name, module in shapes.named_modules():
+        targets = config.lora.target_modules if config.lora else ()
+        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{target}") for target in targets):
+            assert config.lora is not None  # it has targets
+            num_trained += config.lora.rank * (module.in_features + module.out_features)
+            lora_width += module.in_features
+    num_shards = config.shard_group or config.num_workers
+    is_whole = num_shards == 1
+    batch_tokens = -(-config.global_batch_size * config.max_length // config.num_workers)
+    micro_tokens = max(config.max_length, min(config.max_tokens_per_micro_batch, batch_tokens))
+    dropped = (1 if config.use_gpu else size) if config.lora and config.lora.dropout else 0
+    layer_bytes = _count_layer_bytes(model, size) + lora_width // num_layers * (size + dropped)
+    kept = int(model.hidden_size) * size if config.gradient_checkpointing else layer_bytes
+    device = "cuda" if config.use_gpu else "cpu"
+    is_away = config.offload and config.use_gpu
+    return MemoryEstimate(
+        loading=num_parameters * size,
+        parameters=(0 if is_away else num_parameters * size // num_shards)
+        + (0 if is_whole else 2 * layer * size),
+        trained=0 if is_away else 4 * 4 * num_trained // num_shards,
+        kept=micro_tokens * num_layers * kept,
+        passing=micro_tokens * NUM_PASSING * layer_bytes,
+        logits=NUM_CHUNKS * max(CHUNK_BYTES[device], 16 * 4 * int(model.vocab_size)),
+    )
+
+
+def _count_layer_bytes(model: PretrainedConfig, size: int) -> int:
+    hidden, num_heads = int(model.hidden_size), int(model.num_attention_heads)
+    width = int(getattr(model, "head_dim", None) or hidden // num_heads)
+    num_keys = int(getattr(model, "num_key_value_heads", None) or num_heads)
+    inner = int(getattr(model, "intermediate_size", None) or 4 * hidden)
+    return 2 * hidden * 4 + (2 * num_heads + 2 * num_keys) * width * size + 3 * inner * size
+
+
+def read_device_bytes(config: TrainConfig, *, num_sharing: int) -> int | None:
+    """Return the memory of this process's device; of the host, the part of one of `num_sharing` workers.
+
+    None where training is to run on a GPU and there is none here.
+    """
+    if config.use_gpu:
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else ""
+    return min(total, int(limit) if limit.isdigit() else total) // num_sharing
+
+
+def find_shortage(task: TrainInput, *, num_sharing: int) -> str:
+    """Return why a task does not fit into this process's device, nothing where it does."""
+    available = read_device_bytes(task.config, num_sharing=num_sharing)
+    return describe_shortage(task.model, task.config, num_tokens=len(task.token_ids), available=available)
+
+
+def describe_shortage(
+    model: ModelConfig, config: TrainConfig, *, num_tokens: int = 0, available: int | None
+) -> str:
+    """Return what a training needs, what there is and the ways out; nothing where it fits.
+
+    Args:
+        model: The base.
+        config: How it is trained.
+        num_tokens: How many token rows are trained.
+        available: Bytes that a worker has; None where nobody knows.
+    """
+    if available is None:
+        return ""
+    form = AutoConfig.from_pretrained(resolve_model(model), local_files_only=True)
+    estimate = estimate_memory(form, config, dtype=model.dtype, num_tokens=num_tokens)
+    if estimate.peak <= available:
+        return ""
+    parts = ", ".join(f"{name} {count / GIB:.1f}" for name, count in asdict(estimate).items())
+    ways = [
+        f"more than train.num_workers={config.num_workers}, on more machines",
+        *([] if config.gradient_checkpointing else ["train.gradient_checkpointing=true"]),
+        f"a train.max_tokens_per_micro_batch under {config.max_tokens_per_micro_batch}",
+        *(["model.dtype=bfloat16"] if model.dtype == "float32" else []),
+        *(["train.offload=true"] if config.use_gpu and not config.offload else []),
+    ]
+    return (
+        f"training needs about {estimate.peak / GIB:.1f} GiB a worker ({parts}; {OVERHEAD_BYTES / GIB:.0f} beside"
+        f" them), its device has {available / GIB:.1f}; set {', '.join(ways)}"
+    )
