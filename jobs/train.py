@@ -19,7 +19,7 @@ def main() -> None:
     if job.dry_run:
         open_job(job.settings)
     else:
-        train_adapter(job.settings, say=print)
+        train_adapter(job.settings, say=print, allowed_modules=job.allowed_modules)
 
 
 if __name__ == "__main__":

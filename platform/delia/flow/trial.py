@@ -16,11 +16,12 @@ from delia.flow.workspace import Workspace
 from delia.mix.mixture import MixConfig, mix
 from delia.schema import Adapter, Messages, Mixture
 from delia.store.pools import Pool
+from delia.store.scores import read_score_column
 from delia.store.tables import Manifest, commit, is_finished, read_manifest, upload_directory
 from delia.train.building import TrainInput
 from delia.train.launch import LogMetrics, forward_log, run_training
 from delia.train.rows import TASK, join_rows
-from delia.train.settings import TrainConfig
+from delia.train.settings import RowScoresConfig, TrainConfig
 
 EMPTY_POOL_ROOT = "no pool"
 
@@ -57,7 +58,14 @@ def plan_arm(config: ArmConfig, space: Workspace, pool: Pool | None) -> Arm:
         task_digest=space.task.digest,
     )
     loaded = f"{space.model.dtype} {space.model.attention}"
-    name = fingerprint(config.train, space.model_id, loaded, space.chat.template_hash, mixture.root)
+    scores = config.train.row_scores
+    parts = [space.model_id, loaded, space.chat.template_hash, mixture.root]
+    if scores is not None:  # a table is named by its address, which says nothing of what is in it
+        parts += [
+            f"{row_id} {score!r}"
+            for row_id, score in sorted(read_score_column(scores.path, scores.column).items())
+        ]
+    name = fingerprint(config.train, *parts)
     return Arm(config=config, mixture=mixture, fingerprint=name, address=space.address("adapters", name))
 
 
@@ -82,7 +90,9 @@ def encode_rows(
     return encoded
 
 
-def build_input(arm: Arm, space: Workspace, pool: Pool | None) -> TrainInput:
+def build_input(
+    arm: Arm, space: Workspace, pool: Pool | None, *, allowed_modules: tuple[str, ...] = ()
+) -> TrainInput:
     """Look up the mixture's rows and encode them."""
     by_id = {row.row_id: (row.messages, row.source) for row in (pool.rows if pool else ())}
     by_id.update({row.task_id: (row.messages, TASK) for row in space.task.rows_by_split["train"]})
@@ -90,6 +100,7 @@ def build_input(arm: Arm, space: Workspace, pool: Pool | None) -> TrainInput:
     chats, sources = zip(*(by_id[row_id] for row_id in arm.mixture.row_ids), strict=True)
     encoded = encode_rows(chats, config, chat)
     kept = [(row, source) for row, source in zip(encoded, sources, strict=True) if row is not None]
+    ids = [row_id for row_id, row in zip(arm.mixture.row_ids, encoded, strict=True) if row is not None]
     token_ids = tuple(chat.token_ids.values()) if _moves_rows(config) else ()
     instruction = space.task.long_instruction
     return TrainInput(
@@ -99,12 +110,31 @@ def build_input(arm: Arm, space: Workspace, pool: Pool | None) -> TrainInput:
             [(row.input_ids, row.loss_mask) for row, _ in kept],
             sources=[source for _, source in kept],
             has_token=[any(token in row.input_ids for token in chat.token_ids.values()) for row, _ in kept],
+            scores=look_up_scores(config.row_scores, ids) if config.row_scores else None,
         ),
         token_ids=token_ids,
         instruction_ids=tuple(chat.tokenizer.encode(f" {instruction}", add_special_tokens=False))
         if instruction
         else (),
+        allowed_modules=allowed_modules,
     )
+
+
+def look_up_scores(config: RowScoresConfig, row_ids: Sequence[str]) -> list[float]:
+    """Return each row's score.
+
+    Raises:
+        StoreError: There is no such table or column.
+        TrainError: Rows without a score, and no score for such rows.
+    """
+    scores = read_score_column(config.path, config.column)
+    missing = [row_id for row_id in row_ids if row_id not in scores]
+    if missing and config.missing is None:
+        raise TrainError(
+            f"train.row_scores: {len(missing)} of {len(row_ids)} rows have no {config.column!r} in {config.path!r},"
+            f" the first is {missing[0]!r}; score them, or set train.row_scores.missing to a score for such rows"
+        )
+    return [scores.get(row_id, config.missing or 0.0) for row_id in row_ids]
 
 
 def _moves_rows(config: TrainConfig) -> bool:
@@ -123,6 +153,7 @@ def train_arms(
     *,
     logs: Mapping[str, LogMetrics],
     max_concurrent: int,
+    allowed_modules: tuple[str, ...] = (),
     on_done: Callable[[str, float], None] = lambda name, seconds: None,
 ) -> dict[str, Adapter]:
     """Train each arm that is not finished, a few at a time; return the adapters by name.
@@ -135,7 +166,7 @@ def train_arms(
         while waiting or running:
             while waiting and len(running) < max_concurrent:
                 name = waiting.pop(0)
-                task = build_input(arms[name], space, pool)
+                task = build_input(arms[name], space, pool, allowed_modules=allowed_modules)
                 sink = everything.enter_context(ExitStack())
                 log = sink.enter_context(forward_log(logs[name]))
                 storage = space.address("checkpoints", "")

@@ -3,8 +3,9 @@
     base + LoRA + token rows, sharded (FSDP2) -> steps over the stages -> trained tensors
 
 The loss is the negative log-likelihood summed over a global batch and divided by the number of its
-trained tokens, so neither micro-batches nor workers change it. Every random choice is derived from
-(seed, step), so a checkpoint carries only parameters, optimizer state and the step.
+trained tokens, so neither micro-batches nor workers change it; methods (`train.methods`) may weigh tokens,
+corrupt inputs or freeze parameters. Every random choice is derived from (seed, step), so a checkpoint carries
+only parameters, optimizer state and the step.
 """
 
 import math
@@ -31,10 +32,11 @@ from delia.rng import derive_seed
 from delia.store.adapters import write_adapter
 from delia.train.building import TrainInput, build_model, build_optimizer, build_order
 from delia.train.checkpoints import gather_trained, load_checkpoint, save_checkpoint
+from delia.train.meters import Meters, SourceLosses
+from delia.train.methods import PLAIN, StepMethods, build_methods
 from delia.train.packing import join_stream, pack_batch
 from delia.train.rows import TrainRows
-from delia.train.settings import scale_rate
-from delia.train.weighting import TokenWeighter, weigh_equally
+from delia.train.settings import TrainConfig, scale_rate
 
 ADAPTER_FOLDER = "adapter"
 
@@ -42,59 +44,72 @@ ADAPTER_FOLDER = "adapter"
 def train_worker(settings: Mapping[str, Any]) -> None:
     """Run on each Ray Train worker: train, report, and leave the trained tensors in a checkpoint."""
     task: TrainInput = ray.get(settings["input"][0])
-    log: Callable[[dict[str, float], int], None] = settings["log"]
     config, context = task.config, ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
+    log: Callable[[dict[str, float], int], None] = settings["log"] if rank == 0 else lambda *_: None
     model = build_model(task)
+    methods = build_methods(task, vocab_size=model.config.vocab_size)
+    meters = Meters(model, task, config.meters) if config.meters else None
     optimizers = [build_optimizer(model, stage) for stage in config.stages]
     orders = [build_order(task, stage) for stage in config.stages]
     lengths, num_trained_R = task.rows.lengths_R.tolist(), task.rows.num_trained_R
-    step = 0
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as directory:
-            step = load_checkpoint(model, optimizers, Path(directory))
+    step = resume(model, optimizers)
     while step < config.max_steps:
-        started = time.monotonic()
         stage_index, stage_step = config.locate(step)
         stage, optimizer = config.stages[stage_index], optimizers[stage_index]
+        if meters is not None and step % meters.every == 0:
+            log(meters.read(optimizer), step)
+        started = time.monotonic()
         torch.manual_seed(derive_seed(config.seed, "dropout", step, rank))
         batch = orders[stage_index].batch(stage_step)
         num_trained = int(num_trained_R[batch].sum())
         packed = pack_batch(
             batch, lengths, num_workers=num_workers, max_tokens=config.max_tokens_per_micro_batch
         )
+        is_logged = (step + 1) % config.log_every == 0 or step + 1 == config.max_steps
+        by_source = SourceLosses(task.rows) if is_logged else None
         loss = accumulate_gradients(
-            model, task.rows, packed[rank], num_trained=num_trained, num_workers=num_workers
+            model,
+            task.rows,
+            packed[rank],
+            num_trained=num_trained,
+            num_workers=num_workers,
+            methods=methods.at(step),
+            by_source=by_source,
         )
+        methods.freeze(model, step)
         moved = [p for group in optimizer.param_groups for p in group["params"]]
         norm = clip_gradients(moved, config.max_grad_norm)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise TrainError(
-                f"step {step}: loss {loss}, gradient norm {norm}; lower the learning rate,"
-                f" or start again from the last good checkpoint (every {config.checkpoint_every} steps)"
-            )
+        check_finite(loss, norm, step, config)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale_rate(stage, stage_step)
         optimizer.step()
         model.zero_grad(set_to_none=True)
         step += 1
-        seconds = time.monotonic() - started
-        if rank == 0 and (step % config.log_every == 0 or step == config.max_steps):
-            log(
-                {
-                    "train/loss": loss,
-                    "train/gradient_norm": norm,
-                    "train/learning_rate": optimizer.param_groups[0]["lr"],
-                    "train/tokens_per_second": sum(lengths[row] for row in batch) / seconds,
-                    "train/trained_tokens_per_second": num_trained / seconds,
-                    "train/step_seconds": seconds,
-                    "train/peak_memory_bytes": read_peak_memory(),
-                },
-                step,
-            )
+        if by_source is not None:
+            seconds = time.monotonic() - started
+            values = {
+                "train/loss": loss,
+                "train/gradient_norm": norm,
+                "train/learning_rate": optimizer.param_groups[0]["lr"],
+                "train/tokens_per_second": sum(lengths[row] for row in batch) / seconds,
+                "train/trained_tokens_per_second": num_trained / seconds,
+                "train/step_seconds": seconds,
+                "train/peak_memory_bytes": read_peak_memory(),
+                **by_source.read(num_workers),
+            }
+            log(values, step)
         if step % config.checkpoint_every == 0 or step == config.max_steps:
             report_checkpoint(model, optimizers, step, task)
+
+
+def resume(model: PreTrainedModel, optimizers: list[torch.optim.AdamW]) -> int:
+    """Read Ray Train's last checkpoint into the model, if there is one; return the step that comes next."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as directory:
+        return load_checkpoint(model, optimizers, Path(directory))
 
 
 def accumulate_gradients(
@@ -104,14 +119,21 @@ def accumulate_gradients(
     *,
     num_trained: int,
     num_workers: int,
-    weigher: TokenWeighter = weigh_equally,
+    methods: StepMethods = PLAIN,
+    by_source: SourceLosses | None = None,
 ) -> float:
-    """Add up the gradients of a global batch and return its loss in nats a trained token."""
+    """Add up the gradients of a global batch and return its loss in nats a trained token.
+
+    The losses of this worker's tokens are also entered in `by_source`.
+    """
     total = torch.zeros((), device=next(model.parameters()).device)
     for place, chosen in enumerate(micro_batches):
         if isinstance(model, FSDPModule):  # workers' gradients are added up once a step
             model.set_requires_gradient_sync(place == len(micro_batches) - 1)
-        loss, _ = cast(Any, model).compute_loss(join_stream(rows, chosen), weigher)
+        stream = methods.corrupt(join_stream(rows, chosen))
+        loss, losses_N = cast(Any, model).compute_loss(stream, methods.weigher, methods.held(stream))
+        if by_source is not None:
+            by_source.add(stream, losses_N)
         # FSDP averages gradients over workers; the factor turns the average into the sum
         (loss * (num_workers / num_trained)).backward()
         total += loss.detach()
@@ -131,6 +153,19 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
     """Scale the gradients to a global norm of at most `max_norm`; return the norm before."""
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def check_finite(loss: float, norm: float, step: int, config: TrainConfig) -> None:
+    """Stop at a loss or gradient that is no number.
+
+    Raises:
+        TrainError: With the step and the way out.
+    """
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise TrainError(
+            f"step {step}: loss {loss}, gradient norm {norm}; lower the learning rate,"
+            f" or start again from the last good checkpoint (every {config.checkpoint_every} steps)"
+        )
 
 
 def report_checkpoint(
