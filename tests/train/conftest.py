@@ -33,6 +33,8 @@ class Run:
     """What a run logged, by step, and left."""
 
     losses: dict[int, float] = field(default_factory=dict)
+    readings: dict[int, dict[str, float]] = field(default_factory=dict)
+    by_source: dict[int, dict[str, float]] = field(default_factory=dict)
     checkpoints: dict[int, Path] = field(default_factory=dict)
     adapter: Path | None = None
 
@@ -142,8 +144,13 @@ def train_here(monkeypatch, tmp_path_factory, world_of_one) -> Callable[..., Run
         monkeypatch.setattr("delia.train.loop.ray", SimpleNamespace(get=lambda value: value, train=played))
 
         def log(metrics: dict[str, float], step: int) -> None:
+            if "train/meter_seconds" in metrics:
+                run.readings[step] = metrics
+                return
             assert step not in run.losses, f"step {step} was logged twice"
             run.losses[step] = metrics["train/loss"]
+            names = (name for name in metrics if name.startswith("train/source_loss/"))
+            run.by_source[step] = {name.rpartition("/")[2]: metrics[name] for name in names}
 
         train_worker({"input": [task], "log": log})
         return run
