@@ -33,6 +33,17 @@ class Line(Protocol):
         """Tell whether the driver wants an end, without waiting for it."""
 
 
+class SilentLine:
+    """The line of every worker but the first: it says and hears nothing."""
+
+    def __call__(self, metrics: dict[str, float], step: int) -> None:
+        """Log nothing."""
+
+    def asks_to_stop(self) -> bool:
+        """Hear nothing: the first worker does, and tells the others."""
+        return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a worker ended: after which step, and why it could not go on, if it could not."""

@@ -3,13 +3,12 @@
     base + LoRA + token rows, sharded (FSDP2) -> steps over the stages -> trained tensors
 
 The loss is the negative log-likelihood summed over a global batch and divided by the number of its
-trained tokens, so neither micro-batches nor workers change it. Every random choice is derived from
-(seed, step), so a checkpoint carries only parameters, optimizer state and the step.
+trained tokens, so neither micro-batches nor workers change it; methods (`train.methods`) may weigh tokens,
+corrupt inputs or freeze parameters. Every random choice is derived from (seed, step), so a checkpoint carries
+only parameters, optimizer state and the step.
 """
 
-import resource
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -29,12 +28,14 @@ from delia.rng import derive_seed
 from delia.store.adapters import write_adapter
 from delia.train.building import TrainInput, build_model, build_optimizer, build_order
 from delia.train.checkpoints import gather_trained, resume, save_checkpoint, seal_checkpoint
-from delia.train.guards import Line, LossWatch, Outcome, agree
+from delia.train.guards import Line, LossWatch, Outcome, SilentLine, agree
 from delia.train.memory import find_shortage
+from delia.train.meters import Meters, SourceLosses
+from delia.train.methods import PLAIN, StepMethods, build_methods
 from delia.train.packing import join_stream, pack_batch
 from delia.train.rows import TrainRows
 from delia.train.settings import scale_rate
-from delia.train.weighting import TokenWeighter, weigh_equally
+from delia.train.tally import StepTally
 
 ADAPTER_FOLDER = "adapter"
 
@@ -42,32 +43,40 @@ ADAPTER_FOLDER = "adapter"
 def train_worker(settings: Mapping[str, Any]) -> Outcome:
     """Run on each Ray Train worker: train, report, and leave the trained tensors in a checkpoint."""
     task: TrainInput = ray.get(settings["input"][0])
-    log: Line = settings["log"]
     config, context = task.config, ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
+    line: Line = settings["log"] if rank == 0 else SilentLine()
     shortage = find_shortage(task, num_sharing=context.get_local_world_size())
     if agree(shortage):
         return Outcome(step=0, problem=shortage or "the device of another worker is too small")
     model = build_model(task)
+    methods = build_methods(task, vocab_size=model.config.vocab_size)
+    meters = Meters(model, task, config.meters) if config.meters else None
     optimizers = [build_optimizer(model, stage) for stage in config.stages]
     orders = [build_order(task, stage) for stage in config.stages]
-    lengths, num_trained_R = task.rows.lengths_R.tolist(), task.rows.num_trained_R
-    watch = LossWatch(config)
+    lengths, watch = task.rows.lengths_R.tolist(), LossWatch(config)
     step = resume(model, optimizers, watch)
     while step < config.max_steps:
-        started = time.monotonic()
         stage_index, stage_step = config.locate(step)
         stage, optimizer = config.stages[stage_index], optimizers[stage_index]
+        if meters is not None and step % meters.every == 0:
+            line(meters.read(optimizer), step)
+        tally = StepTally(task.rows, orders[stage_index].batch(stage_step))
         torch.manual_seed(derive_seed(config.seed, "dropout", step, rank))
-        batch = orders[stage_index].batch(stage_step)
-        num_trained = int(num_trained_R[batch].sum())
         packed = pack_batch(
-            batch, lengths, num_workers=num_workers, max_tokens=config.max_tokens_per_micro_batch
+            tally.batch, lengths, num_workers=num_workers, max_tokens=config.max_tokens_per_micro_batch
         )
         loss = accumulate_gradients(
-            model, task.rows, packed[rank], num_trained=num_trained, num_workers=num_workers
+            model,
+            task.rows,
+            packed[rank],
+            num_trained=tally.num_trained,
+            num_workers=num_workers,
+            methods=methods.at(step),
+            by_source=tally.by_source,
         )
-        moved = [p for group in optimizer.param_groups for p in group["params"]]
+        methods.freeze(model, step)
+        moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = clip_gradients(moved, config.max_grad_norm)
         problem = watch.see(step, loss, norm)
         if problem:
@@ -77,21 +86,10 @@ def train_worker(settings: Mapping[str, Any]) -> Outcome:
         optimizer.step()
         model.zero_grad(set_to_none=True)
         step += 1
-        seconds = time.monotonic() - started
-        if rank == 0 and (step % config.log_every == 0 or step == config.max_steps):
-            log(
-                {
-                    "train/loss": loss,
-                    "train/gradient_norm": norm,
-                    "train/learning_rate": optimizer.param_groups[0]["lr"],
-                    "train/tokens_per_second": sum(lengths[row] for row in batch) / seconds,
-                    "train/trained_tokens_per_second": num_trained / seconds,
-                    "train/step_seconds": seconds,
-                    "train/peak_memory_bytes": read_peak_memory(),
-                },
-                step,
-            )
-        is_stopped = agree(log.asks_to_stop())
+        if step % config.log_every == 0 or step == config.max_steps:
+            rate = optimizer.param_groups[0]["lr"]
+            line(tally.read(loss=loss, norm=norm, rate=rate, num_workers=num_workers), step)
+        is_stopped = agree(line.asks_to_stop())
         if step % config.checkpoint_every == 0 or step == config.max_steps or is_stopped:
             report_checkpoint(model, optimizers, step, task, watch)
         if is_stopped:
@@ -106,27 +104,27 @@ def accumulate_gradients(
     *,
     num_trained: int,
     num_workers: int,
-    weigher: TokenWeighter = weigh_equally,
+    methods: StepMethods = PLAIN,
+    by_source: SourceLosses | None = None,
 ) -> float:
-    """Add up the gradients of a global batch and return its loss in nats a trained token."""
+    """Add up the gradients of a global batch and return its loss in nats a trained token.
+
+    The losses of this worker's tokens are also entered in `by_source`.
+    """
     total = torch.zeros((), device=next(model.parameters()).device)
     for place, chosen in enumerate(micro_batches):
         if isinstance(model, FSDPModule):  # workers' gradients are added up once a step
             model.set_requires_gradient_sync(place == len(micro_batches) - 1)
-        loss, _ = cast(Any, model).compute_loss(join_stream(rows, chosen), weigher)
+        stream = methods.corrupt(join_stream(rows, chosen))
+        loss, losses_N = cast(Any, model).compute_loss(stream, methods.weigher, methods.held(stream))
+        if by_source is not None:
+            by_source.add(stream, losses_N)
         # FSDP averages gradients over workers; the factor turns the average into the sum
         (loss * (num_workers / num_trained)).backward()
         total += loss.detach()
     if num_workers > 1:
         dist.all_reduce(total)
     return float(total) / num_trained
-
-
-def read_peak_memory() -> float:
-    """Return the most bytes that this process held so far: allocated on its GPU, else resident."""
-    if torch.cuda.is_initialized():
-        return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:

@@ -6,6 +6,7 @@ in a step, however large the mixture is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ class TrainRows:
         sources: Names of sources; `TASK` is the task's own.
         source_R: Each row's place in `sources`, int16.
         has_token_R: Whether a declared task token occurs in the row, bool.
+        score_R: What `train.row_scores` says of each row, float32; None without that setting.
     """
 
     ids_T: NDArray[np.int32]
@@ -33,6 +35,7 @@ class TrainRows:
     sources: tuple[str, ...]
     source_R: NDArray[np.int16]
     has_token_R: NDArray[np.bool_]
+    score_R: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -43,12 +46,12 @@ class TrainRows:
         part = slice(self.starts_R1[row], self.starts_R1[row + 1])
         return self.ids_T[part], self.mask_T[part]
 
-    @property
+    @cached_property
     def lengths_R(self) -> NDArray[np.int64]:
         """Return the number of ids of each row."""
         return np.diff(self.starts_R1)
 
-    @property
+    @cached_property
     def num_trained_R(self) -> NDArray[np.int64]:
         """Return how many ids of each row the loss counts; a row's first id has nothing to be told from."""
         totals = np.concatenate(([0], np.cumsum(self.mask_T, dtype=np.int64)))
@@ -65,7 +68,11 @@ class TrainRows:
 
 
 def join_rows(
-    rows: Sequence[EncodedRow], *, sources: Sequence[str], has_token: Sequence[bool] | None = None
+    rows: Sequence[EncodedRow],
+    *,
+    sources: Sequence[str],
+    has_token: Sequence[bool] | None = None,
+    scores: Sequence[float] | None = None,
 ) -> TrainRows:
     """Return encoded rows as arrays.
 
@@ -73,6 +80,7 @@ def join_rows(
         rows: Ids and mask of each.
         sources: The name of each row's source, `TASK` for the task's own.
         has_token: Whether a declared task token occurs in each; none by default.
+        scores: A number for each, or none.
     """
     names = tuple(dict.fromkeys(sources))
     return TrainRows(
@@ -82,4 +90,5 @@ def join_rows(
         sources=names,
         source_R=np.array([names.index(source) for source in sources], np.int16),
         has_token_R=np.array(has_token if has_token is not None else [False] * len(rows), np.bool_),
+        score_R=None if scores is None else np.array(scores, np.float32),
     )
