@@ -106,9 +106,9 @@ def test_without_bitsandbytes_the_way_to_it_is_named(monkeypatch, save_model):
 def test_the_form_is_handed_to_transformers_for_training_alone(
     monkeypatch, save_model, quantisation, expected
 ):
-    """A stand-in for the GPU and for the load; the settings of bitsandbytes are the real ones."""
+    """The GPU and the load are played; the settings of bitsandbytes are the real ones."""
     asked: list[dict] = []
-    model = SimpleNamespace(requires_grad_=lambda flag: None, eval=lambda: None, modules=lambda: ())
+    model = load_base(save_model())
     monkeypatch.setattr(
         AutoModelForCausalLM, "from_pretrained", lambda path, **options: asked.append(options) or model
     )
