@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from delia.errors import StoppedError
-from delia.model.adapted import LoraConfig
+from delia.model.lora import LoraConfig
 from delia.starter.tokenizer import build_tokenizer
 from delia.store.adapters import read_tensors
 from delia.store.models import ModelConfig

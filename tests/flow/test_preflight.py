@@ -10,6 +10,7 @@ from delia.evaluate.harness import EvaluateConfig
 from delia.flow.adapt import open_job
 from delia.flow.preflight import (
     check_lengths,
+    check_memory,
     check_metrics,
     check_pool_lengths,
     check_ratios,
@@ -269,3 +270,18 @@ def test_an_embedder_or_a_language_that_there_is_not_is_refused(setting, reason)
 
     with pytest.raises(ConfigError, match=reason):
         open_job(recipe.model_copy(update={"pool": pool}))
+
+
+# ---- memory
+
+
+def test_an_arm_that_no_device_here_can_hold_is_refused_before_any_work(tmp_path, monkeypatch):
+    space = open_with(tmp_path)
+    monkeypatch.setattr("delia.flow.preflight.read_device_bytes", lambda config, num_sharing: 1 << 30)
+    with pytest.raises(
+        ConfigError, match=r"main: training needs about .* GiB a worker .* set more than train"
+    ):
+        check_memory(space, {"main": make_arm()}, is_here=True)
+    check_memory(space, {"main": make_arm()}, is_here=False)
+    monkeypatch.undo()
+    check_memory(space, {"main": make_arm()}, is_here=True)

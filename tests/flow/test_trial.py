@@ -115,7 +115,7 @@ def test_rows_are_encoded_once_in_the_order_of_the_mixture(space, pool):
 
     texts = [space.chat.tokenizer.decode(ids) for ids, _ in task.rows]
     assert len(texts) == 12
-    assert (task.is_task, task.has_token) == ((True,) * 4 + (False,) * 8,) * 2
+    assert task.rows.is_task_R.tolist() == task.rows.has_token_R.tolist() == [True] * 4 + [False] * 8
     for row_id, text, (ids, mask) in zip(arm.mixture.row_ids, texts, task.rows, strict=True):
         question = f"say {row_id[1:]}" if row_id[0] == "t" else f"name {row_id[1:]}"
         assert question in text
@@ -128,7 +128,7 @@ def test_rows_are_encoded_once_in_the_order_of_the_mixture(space, pool):
 def test_a_token_has_one_id_and_the_instruction_that_it_stands_for_its_own(space, pool):
     task, _ = build_input(plan_arm(make_arm(), space, pool), space, pool)
     assert task.token_ids == (space.chat.token_ids["<sep>"],)
-    assert [ids.count(task.token_ids[0]) for ids, _ in task.rows] == [1] * 4 + [0] * 8
+    assert [ids.tolist().count(task.token_ids[0]) for ids, _ in task.rows] == [1] * 4 + [0] * 8
     assert space.chat.tokenizer.decode(list(task.instruction_ids)).strip() == INSTRUCTION
 
 
@@ -136,31 +136,53 @@ def test_rows_that_no_stage_moves_are_not_attached(space, pool):
     lora_only = make_arm(stages=(StageConfig(max_steps=2, parts=("lora",)),))
     task, _ = build_input(plan_arm(lora_only, space, pool), space, pool)
     assert task.token_ids == ()
-    assert task.has_token[0], "a row is said to have no token"
+    assert task.rows.has_token_R[0], "a row is said to have no token"
 
 
 def test_a_task_without_a_token_trains_lora_alone(space, pool):
     plain = open_workspace(space.output_dir, STARTER, make_task(tokens=()))
     task, _ = build_input(plan_arm(make_arm(), plain, pool), plain, pool)
-    assert (task.token_ids, task.instruction_ids, any(task.has_token)) == ((), (), False)
+    assert (task.token_ids, task.instruction_ids, any(task.rows.has_token_R)) == ((), (), False)
 
 
-def test_a_long_row_is_an_error_or_dropped_by_setting_with_its_flags(space, pool):
+def test_a_long_row_is_an_error_or_dropped_or_truncated_by_setting_and_counted(space, pool, caplog):
     long = replace(pool, rows=(replace(pool.rows[0], messages=make_chat("name " * 40, "no")), *pool.rows[1:]))
     with pytest.raises(ChatError, match="max_length"):
         build_input(plan_arm(make_arm(diverse_ratio=2.5, max_length=32), space, long), space, long)
 
     dropping = make_arm(diverse_ratio=2.5, max_length=32, on_long="drop")
-    task, _ = build_input(plan_arm(dropping, space, long), space, long)
-    assert len(task.rows) == len(task.is_task) == len(task.has_token) == 4 + 9
-    assert sum(task.is_task) == 4
+    task, counts = build_input(plan_arm(dropping, space, long), space, long)
+    assert task.rows.is_task_R.tolist() == [True] * 4 + [False] * 9
+    assert counts == {"dropped_long": 1, "truncated_long": 0}
+    assert "of 14 rows 1 were dropped and 0 truncated: train.max_length=32, train.on_long=drop" in caplog.text
+
+    cutting = make_arm(diverse_ratio=2.5, max_length=32, on_long="truncate_prompt_left")
+    task, counts = build_input(plan_arm(cutting, space, long), space, long)
+    assert max(task.rows.lengths_R) == 32
+    assert (len(task.rows), counts) == (14, {"dropped_long": 0, "truncated_long": 1})
+
+
+def test_a_policy_that_leaves_no_row_is_refused(space, pool):
+    arm = plan_arm(make_arm(max_length=4, on_long="drop"), space, pool)
+    with pytest.raises(TrainError, match="of 12 rows none is left under"):
+        build_input(arm, space, pool)
+
+
+def test_a_pool_of_another_template_is_refused_before_anything_is_drawn_from_it(space, pool):
+    own = {"template_hash": space.chat.template_hash}
+    assert plan_arm(
+        make_arm(), space, replace(pool, manifest=replace(pool.manifest, details=own))
+    ).fingerprint
+    foreign = replace(pool, manifest=replace(pool.manifest, details={"template_hash": "another"}))
+    with pytest.raises(TrainError, match="the pool was made with template hash another"):
+        plan_arm(make_arm(), space, foreign)
 
 
 def test_a_row_without_a_trained_token_is_refused_with_its_text(space, monkeypatch):
     nothing = EncodedChat(input_ids=(1, 2), loss_mask=(False, False))
     monkeypatch.setattr(type(space.chat), "encode_chat", lambda self, messages, train_on: nothing)
     monkeypatch.setattr(type(space.chat), "fit", lambda self, chat, max_length, on_long: chat)
-    with pytest.raises(TrainError, match="row 0 has no trained token: 'yes 0'"):
+    with pytest.raises(TrainError, match="row 0, 'yes 0', has no trained token"):
         encode_rows([make_task().rows_by_split["train"][0].messages], make_arm().train, space.chat)
 
 
@@ -214,7 +236,8 @@ def check_what_is_on_disk(space: Workspace, path: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(path)
     assert tokenizer.convert_tokens_to_ids("<sep>") == space.chat.token_ids["<sep>"]
     manifest = read_manifest(path, kind="adapter")
-    assert (manifest.counts, manifest.parents["model"]) == ({"rows": 12, "task_rows": 4}, space.model_id)
+    assert manifest.counts == {"rows": 12, "task_rows": 4, "dropped_long": 0, "truncated_long": 0}
+    assert manifest.parents["model"] == space.model_id
     assert read_adapter(path).fingerprint == manifest.fingerprint
 
 
@@ -225,7 +248,7 @@ def test_an_arm_that_fails_is_a_train_error_and_leaves_no_finished_directory(clu
         stages=(StageConfig(max_steps=3, learning_rate=1e30, token_learning_rate=1e30, warmup_steps=0),),
     )
     arm = plan_arm(hopeless, space, None)
-    with pytest.raises(TrainError, match=r"(?s)step \d: loss nan.*lower the learning rate"):
+    with pytest.raises(TrainError, match=r"step \d: loss nan.*; last good checkpoint: none yet"):
         train_arms({"main": arm}, space, None, logs={"main": lambda metrics, step: None}, max_concurrent=1)
     with pytest.raises(StoreError, match="unfinished"):
         read_adapter(arm.address)

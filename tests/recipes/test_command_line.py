@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from delia.config import FrozenConfig, dump_yaml
-from delia.errors import ConfigError, StoreError
+from delia.errors import ConfigError, StoppedError, StoreError
 from delia.recipes.command_line import list_recipes, load_recipe, parse_job, run_job
 
 FIRST = '''
@@ -198,3 +198,28 @@ def test_a_dry_run_keeps_no_settings(room, small, tmp_path, monkeypatch):
 def test_a_run_name_is_no_path(room, small, name):
     with pytest.raises(ConfigError, match="--run takes a name"):
         parse(room, small, "tiny", "--run", name)
+
+
+def test_a_job_that_was_asked_to_stop_has_a_status_of_its_own(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["jobs/train.py"])
+
+    def stop() -> None:
+        raise StoppedError("after step 4 of 60")
+
+    with pytest.raises(SystemExit) as caught:
+        run_job(stop)
+    assert caught.value.code == StoppedError.STATUS == 75
+    assert capsys.readouterr().err == "train.py: after step 4 of 60\n"
+
+
+def test_a_preview_is_a_number_of_rows_of_the_job_that_has_one_and_keeps_no_run(
+    room, small, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    job = parse_job(["tiny", "--preview", "3", "--run", "x"], kind=small, usage="", room=room, previews=True)
+    assert (job.preview, list(tmp_path.glob("runs/**/*.yaml"))) == (3, [])
+    assert parse_job(["tiny"], kind=small, usage="", room=room, previews=True).preview is None
+    with pytest.raises(ConfigError, match="--preview takes a number of rows, got -1"):
+        parse_job(["tiny", "--preview", "-1"], kind=small, usage="", room=room, previews=True)
+    with pytest.raises(SystemExit):
+        parse_job(["tiny", "--preview", "3"], kind=small, usage="", room=room)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig
 
-from delia.model.adapted import LoraConfig, attach
+from delia.model.adapted import attach
 from delia.model.attention import use_packed_attention
 from delia.model.loading import load_base
+from delia.model.lora import LoraConfig
 from delia.store.models import ModelConfig, resolve_model
 from delia.train.memory import (
     GIB,
@@ -63,6 +64,8 @@ def test_each_way_out_needs_less():
     assert eight.trained == full.trained // 8
     assert full.parameters // 8 < eight.parameters < full.parameters // 4
     away = estimate_memory(LLAMA_8B, make_config(num_workers=8, use_gpu=True, offload=True), dtype="bfloat16")
+    quarter = estimate_memory(LLAMA_8B, make_config(use_gpu=True), dtype="bfloat16", quantisation="nf4")
+    assert 0.3 < quarter.parameters / full.parameters < 0.4  # the vocabulary's rows stay as they are
     assert (away.trained, away.parameters < eight.parameters) == (0, True)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow.fs as pafs
 import ray
 from ray.exceptions import RayActorError
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from delia.errors import StoppedError, TrainError
@@ -192,28 +192,40 @@ def run_training(task: TrainInput, *, name: str, storage: str, output: str, log:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise TrainError(f"training {name} failed: {error}") from error
-    outcome: Outcome = result.return_value  # type: ignore[attr-defined]  # as above
-    good = "none yet"
-    if result.checkpoint is not None:
-        good = f"step {(result.metrics or {})['step']} in {result.checkpoint.path}"
-    if outcome.problem:
-        raise TrainError(f"training {name}: {outcome.problem}; last good checkpoint: {good}")
-    if outcome.step < config.max_steps:
-        raise StoppedError(
-            f"training {name} was asked to stop and did so after step {outcome.step} of {config.max_steps};"
-            f" checkpoint: {good}; start it again with the same settings to go on from there"
-        )
-    if result.checkpoint is None:
-        raise TrainError(f"training {name} left no checkpoint under {storage}")
-    source = join(result.checkpoint.path, ADAPTER_FOLDER)
+    last = read_last(result, name=name, num_steps=config.max_steps)
+    source = join(last.path, ADAPTER_FOLDER)
     target_filesystem, target = open_filesystem(output)
     target_filesystem.create_dir(target, recursive=True)
     pafs.copy_files(
         source,
         target,
-        source_filesystem=result.checkpoint.filesystem,
+        source_filesystem=last.filesystem,
         destination_filesystem=target_filesystem,
     )
+
+
+def read_last(result: Any, *, name: str, num_steps: int) -> Checkpoint:
+    """Return the checkpoint of the last step; refuse the result of a training that did not reach it.
+
+    Raises:
+        TrainError: A worker could not go on; with the last good checkpoint.
+        StoppedError: The driver asked for an end.
+    """
+    outcome: Outcome = result.return_value
+    good = "none yet"
+    if result.checkpoint is not None:
+        good = f"step {(result.metrics or {})['step']} in {result.checkpoint.path}"
+    if outcome.problem:
+        raise TrainError(f"training {name}: {outcome.problem}; last good checkpoint: {good}")
+    if outcome.step < num_steps:
+        raise StoppedError(
+            f"training {name} was asked to stop and did so after step {outcome.step} of {num_steps};"
+            f" checkpoint: {good}; start it again with the same settings to go on from there"
+        )
+    if result.checkpoint is None:
+        raise TrainError(f"training {name} left no checkpoint")
+    last: Checkpoint = result.checkpoint
+    return last
 
 
 def forget_torn_snapshot(address: str) -> None:

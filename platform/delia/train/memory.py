@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from delia.store.models import ModelConfig, resolve_model
+from delia.model.lora import ALL_LINEAR, find_targets
+from delia.store.models import ModelConfig, Quantisation, resolve_model
 from delia.train.building import TrainInput
 from delia.train.objective import CHUNK_BYTES
 from delia.train.settings import TrainConfig
@@ -33,6 +33,8 @@ OVERHEAD_BYTES = GIB
 NUM_CHUNKS = 4
 """Arrays of a chunk of logits that exist at once."""
 NUM_PASSING = 3
+BYTES: dict[str, float] = {"int8": 1.0, "nf4": 0.57}
+"""Of a number in a quantised linear layer; four bits, and a scale for each 64 of them."""
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -64,7 +66,12 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: PretrainedConfig, config: TrainConfig, *, dtype: str, num_tokens: int = 0
+    model: PretrainedConfig,
+    config: TrainConfig,
+    *,
+    dtype: str,
+    quantisation: Quantisation = "none",
+    num_tokens: int = 0,
 ) -> MemoryEstimate:
     """Return what a worker needs to train a model of this form.
 
@@ -72,35 +79,35 @@ def estimate_memory(
         model: The base's own config; a model of its shapes is built without memory.
         config: How it is trained.
         dtype: The base's, by its torch name.
+        quantisation: Of its linear layers.
         num_tokens: How many token rows are trained.
     """
-    size = getattr(torch, dtype).itemsize
+    size, lora = getattr(torch, dtype).itemsize, config.lora
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(model)
     num_parameters = sum(parameter.numel() for parameter in shapes.parameters())
+    num_linear = sum(module.weight.numel() for module in find_targets(shapes, ALL_LINEAR).values())
+    base_bytes = (num_parameters - num_linear) * size + round(num_linear * (BYTES.get(quantisation) or size))
     num_layers = int(model.num_hidden_layers)
     num_embedded = shapes.get_input_embeddings().weight.numel()
     layer = (num_parameters - num_embedded) // num_layers
     num_trained, lora_width = num_tokens * int(model.hidden_size), 0
-    for name, module in shapes.named_modules():
-        targets = config.lora.target_modules if config.lora else ()
-        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{target}") for target in targets):
-            assert config.lora is not None  # it has targets
-            num_trained += config.lora.rank * (module.in_features + module.out_features)
+    if lora is not None:
+        for module in find_targets(shapes, lora.target_modules).values():
+            num_trained += lora.rank * (module.in_features + module.out_features)
             lora_width += module.in_features
     num_shards = config.shard_group or config.num_workers
     is_whole = num_shards == 1
     batch_tokens = -(-config.global_batch_size * config.max_length // config.num_workers)
     micro_tokens = max(config.max_length, min(config.max_tokens_per_micro_batch, batch_tokens))
-    dropped = (1 if config.use_gpu else size) if config.lora and config.lora.dropout else 0
+    dropped = (1 if config.use_gpu else size) if lora and lora.dropout else 0
     layer_bytes = _count_layer_bytes(model, size) + lora_width // num_layers * (size + dropped)
     kept = int(model.hidden_size) * size if config.gradient_checkpointing else layer_bytes
     device = "cuda" if config.use_gpu else "cpu"
     is_away = config.offload and config.use_gpu
     return MemoryEstimate(
-        loading=num_parameters * size,
-        parameters=(0 if is_away else num_parameters * size // num_shards)
-        + (0 if is_whole else 2 * layer * size),
+        loading=base_bytes,
+        parameters=(0 if is_away else base_bytes // num_shards) + (0 if is_whole else 2 * layer * size),
         trained=0 if is_away else 4 * 4 * num_trained // num_shards,
         kept=micro_tokens * num_layers * kept,
         passing=micro_tokens * NUM_PASSING * layer_bytes,
@@ -148,7 +155,9 @@ def describe_shortage(
     if available is None:
         return ""
     form = AutoConfig.from_pretrained(resolve_model(model), local_files_only=True)
-    estimate = estimate_memory(form, config, dtype=model.dtype, num_tokens=num_tokens)
+    estimate = estimate_memory(
+        form, config, dtype=model.dtype, quantisation=model.quantisation, num_tokens=num_tokens
+    )
     if estimate.peak <= available:
         return ""
     parts = ", ".join(f"{name} {count / GIB:.1f}" for name, count in asdict(estimate).items())
