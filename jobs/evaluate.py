@@ -19,7 +19,7 @@ def main() -> None:
     if job.dry_run:
         open_job(job.settings)
     else:
-        print(evaluate_adapter(job.settings, say=print))
+        print(evaluate_adapter(job.settings, say=print, allowed_modules=job.allowed_modules))
 
 
 if __name__ == "__main__":

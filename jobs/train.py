@@ -26,7 +26,7 @@ def main() -> None:
         is_coloured = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
         preview_training(job.settings, num_rows=job.preview, is_coloured=is_coloured, say=print)
     else:
-        train_adapter(job.settings, say=print)
+        train_adapter(job.settings, say=print, allowed_modules=job.allowed_modules)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     a counter     ->  Prometheus reads it as `delia_synthesize_accepted_total`
 
 A name is `room/quantity` and is written here once: tracking refuses a name that is not in the
-table, and a test holds the dashboards to it. Scores are the one family with open names, because
-task files bring their suites: `score_name` writes them in MLflow, while Prometheus has the single
-`delia_evaluate_score` with the labels `suite` and `metric`.
+table, and a test holds the dashboards to it. Scores are a family with open names, because task files
+bring their suites: `score_name` writes them in MLflow, while Prometheus has the single
+`delia_evaluate_score` with the labels `suite` and `metric`. A quantity of every source or layer has a
+label too: `labelled` writes `train/source_loss/magpie` in MLflow, and Prometheus has the label `source`.
 """
 
 import difflib
@@ -21,12 +22,16 @@ Kind = Literal["counter", "gauge"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One quantity over time; a counter only grows, a gauge is the latest value."""
+    """One quantity over time; a counter only grows, a gauge is the latest value.
+
+    With a `label` there is one for each of its values, such as each source.
+    """
 
     name: str
     unit: str
     kind: Kind
     description: str
+    label: str = ""
 
 
 METRICS: tuple[Metric, ...] = (
@@ -73,6 +78,25 @@ METRICS: tuple[Metric, ...] = (
         "Most memory the first worker has held",
     ),
     Metric("train/step_seconds", "seconds", "gauge", "Wall time of one optimizer step"),
+    Metric("train/source_loss", "nats", "gauge", "Mean loss per trained token of a source's rows", "source"),
+    Metric("train/source_gradient_norm", "1", "gauge", "Norm of a source's gradient on its probe", "source"),
+    Metric("train/gradient_cosine", "1", "gauge", "Cosine of the task's and the diverse rows' gradients"),
+    Metric(
+        "train/buffering_change", "1", "gauge", "Change of the diverse gradient by a task step, over its norm"
+    ),
+    Metric("train/buffering_cosine", "1", "gauge", "Cosine of that change and the task's gradient"),
+    Metric("train/off_task_kl", "nats", "gauge", "Divergence from the base on diverse probe rows, per token"),
+    Metric(
+        "train/token_cosine", "1", "gauge", "The token's centred cosine to its words, less controls'", "layer"
+    ),
+    Metric(
+        "train/token_rank", "1", "gauge", "Median rank of its words among the vocabulary, 0 nearest", "layer"
+    ),
+    Metric(
+        "train/token_p_value", "1", "gauge", "Of token_cosine, when words and controls are permuted", "layer"
+    ),
+    Metric("train/meter_seconds", "seconds", "gauge", "Wall time of the latest reading of the meters"),
+    Metric("train/meter_share", "1", "gauge", "Share of the time of training that the meters took"),
     Metric("evaluate/score", "1", "gauge", "A suite's score; MLflow: one name for each, `score_name`"),
     Metric("evaluate/off_task_kl", "nats", "gauge", "Divergence from the base off the task, per token"),
     Metric("search/trials", "trials", "gauge", "Trials that ran to their end"),
@@ -83,6 +107,7 @@ METRICS: tuple[Metric, ...] = (
 
 METRIC_BY_NAME = {metric.name: metric for metric in METRICS}
 _WORD = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
+_VALUE = re.compile(r"[A-Za-z0-9_.-]+")
 _SCORE = re.compile(r"evaluate/[a-z0-9]+(_[a-z0-9]+)+")
 
 
@@ -114,15 +139,33 @@ def score_name(suite: str, metric: str) -> str:
     return check_metric(f"evaluate/{suite}_{metric}")
 
 
+def labelled(metric: str, value: object) -> str:
+    """Return MLflow's name of a quantity of one source or layer: `<metric>/<value>`.
+
+    Raises:
+        ConfigError: The metric has no label, or the value is not of letters, digits, `_`, `.` and `-`.
+    """
+    return check_metric(f"{metric}/{value}")
+
+
+def split_label(name: str) -> tuple[Metric, str] | None:
+    """Return the metric of the table that a name means, and its label's value, "" without one."""
+    if name in METRIC_BY_NAME:
+        return METRIC_BY_NAME[name], ""
+    base, _, value = name.rpartition("/")
+    metric = METRIC_BY_NAME.get(base)
+    return (metric, value) if metric is not None and metric.label and _VALUE.fullmatch(value) else None
+
+
 def check_metric(name: str) -> str:
-    """Return `name` if the table has it or it is a score's.
+    """Return `name` if the table has it, with its label's value if it has one, or it is a score's.
 
     A name that is all but one of the table's is taken for a slip, not for a score.
 
     Raises:
         ConfigError: The name is unknown; the message has the nearest one.
     """
-    if name in METRIC_BY_NAME:
+    if split_label(name) is not None:
         return name
     if _SCORE.fullmatch(name) and not difflib.get_close_matches(name, METRIC_BY_NAME, n=1, cutoff=0.9):
         return name

@@ -123,7 +123,7 @@ def adapt(
         arms = {
             name: plan_arm(arm, space, pool) for name, arm in {**config.baselines, MAIN: config.arm}.items()
         }
-        adapters = _train_stage(config, space, pool, arms, tracker, run, progress)
+        adapters = _train_stage(config, space, pool, arms, tracker, run, progress, allowed_modules)
         rows = space.task.rows_by_split[config.split]
         with progress.stage("evaluate", f"{len(arms) + 1} models x {len(rows)} {config.split} rows"):
             addresses = {name: adapter.path for name, adapter in adapters.items()}
@@ -214,6 +214,7 @@ def _train_stage(
     tracker: Tracker,
     parent: Run,
     progress: Progress,
+    allowed_modules: tuple[str, ...],
 ) -> dict[str, Adapter]:
     steps = ", ".join(f"{name} {arm.config.train.max_steps} steps" for name, arm in arms.items())
     with progress.stage("train", steps), ExitStack() as stack:
@@ -236,6 +237,7 @@ def _train_stage(
             pool,
             logs={name: run.log_metrics for name, run in runs.items()},
             max_concurrent=config.max_concurrent_arms,
+            allowed_modules=allowed_modules,
             on_done=lambda name, seconds: progress.say(f"train: {name} took {seconds:.0f} s"),
         )
 

@@ -83,20 +83,29 @@ def synthesize_pool(
     return pool
 
 
-def _train(config: AdaptConfig, space: Workspace, run: Run, say: Say) -> tuple[Arm, Adapter]:
-    pool = make_pool(config, space, run)
+def _train(
+    config: AdaptConfig, space: Workspace, run: Run, say: Say, allowed_modules: tuple[str, ...]
+) -> tuple[Arm, Adapter]:
+    pool = make_pool(config, space, run, allowed_modules=allowed_modules)
     arm = plan_arm(config.arm, space, pool)
     say(f"train: {len(arm.mixture.row_ids)} rows, {config.arm.train.max_steps} steps")
-    adapters = train_arms({MAIN: arm}, space, pool, logs={MAIN: run.log_metrics}, max_concurrent=1)
+    adapters = train_arms(
+        {MAIN: arm},
+        space,
+        pool,
+        logs={MAIN: run.log_metrics},
+        max_concurrent=1,
+        allowed_modules=allowed_modules,
+    )
     log_mixture(run, arm)
     return arm, adapters[MAIN]
 
 
-def train_adapter(config: AdaptConfig, *, say: Say) -> Adapter:
+def train_adapter(config: AdaptConfig, *, say: Say, allowed_modules: tuple[str, ...] = ()) -> Adapter:
     """Train the recipe's adapter."""
     space = open_job(config)
     with tracked_stage("train", config, space) as run:
-        _, adapter = _train(config, space, run, say)
+        _, adapter = _train(config, space, run, say, allowed_modules)
         run.log_artifacts(fetch_adapter(adapter.path), "adapter")
     say(f"adapter: {adapter.path}")
     return adapter
@@ -131,13 +140,13 @@ def preview_training(config: AdaptConfig, *, num_rows: int, is_coloured: bool, s
     say(f"long rows: {counts['dropped_long']} dropped, {counts['truncated_long']} truncated")
 
 
-def evaluate_adapter(config: AdaptConfig, *, say: Say) -> str:
+def evaluate_adapter(config: AdaptConfig, *, say: Say, allowed_modules: tuple[str, ...] = ()) -> str:
     """Score the base and the recipe's adapter; return the table."""
     space = open_job(config)
     check_split(space.task, config.split)
     rows = space.task.rows_by_split[config.split]
     with tracked_stage("evaluate", config, space) as run:
-        _, adapter = _train(config, space, run, say)
+        _, adapter = _train(config, space, run, say, allowed_modules)
         say(f"evaluate: 2 models x {len(rows)} {config.split} rows")
         reports = evaluate_adapters(
             config.evaluate, space, {"base": BASE, MAIN: adapter.path}, rows, engine=config.engine

@@ -18,12 +18,13 @@ from delia.flow.workspace import Workspace
 from delia.mix.mixture import MixConfig, mix
 from delia.schema import Adapter, Messages, Mixture
 from delia.store.pools import Pool
+from delia.store.scores import read_score_column
 from delia.store.tables import Manifest, commit, is_finished, read_manifest, upload_directory
 from delia.train.building import TrainInput
 from delia.train.guards import check_left, check_template, check_trained
 from delia.train.launch import LogMetrics, catch_termination, forward_log, run_training
 from delia.train.rows import TASK, join_rows
-from delia.train.settings import TrainConfig
+from delia.train.settings import RowScoresConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 EMPTY_POOL_ROOT = "no pool"
@@ -64,7 +65,14 @@ def plan_arm(config: ArmConfig, space: Workspace, pool: Pool | None) -> Arm:
         task_digest=space.task.digest,
     )
     loaded = f"{space.model.dtype} {space.model.attention}"
-    name = fingerprint(config.train, space.model_id, loaded, space.chat.template_hash, mixture.root)
+    scores = config.train.row_scores
+    parts = [space.model_id, loaded, space.chat.template_hash, mixture.root]
+    if scores is not None:  # a table is named by its address, which says nothing of what is in it
+        parts += [
+            f"{row_id} {score!r}"
+            for row_id, score in sorted(read_score_column(scores.path, scores.column).items())
+        ]
+    name = fingerprint(config.train, *parts)
     return Arm(config=config, mixture=mixture, fingerprint=name, address=space.address("adapters", name))
 
 
@@ -91,7 +99,9 @@ def _encode(
         yield row, len(whole.input_ids) > config.max_length
 
 
-def build_input(arm: Arm, space: Workspace, pool: Pool | None) -> tuple[TrainInput, dict[str, int]]:
+def build_input(
+    arm: Arm, space: Workspace, pool: Pool | None, *, allowed_modules: tuple[str, ...] = ()
+) -> tuple[TrainInput, dict[str, int]]:
     """Look up the mixture's rows and encode them; also return how many long ones were dropped or truncated.
 
     Raises:
@@ -103,6 +113,7 @@ def build_input(arm: Arm, space: Workspace, pool: Pool | None) -> tuple[TrainInp
     chats, sources = zip(*(by_id[row_id] for row_id in arm.mixture.row_ids), strict=True)
     encoded = list(_encode(chats, config, chat))
     kept = [(row, source) for (row, _), source in zip(encoded, sources, strict=True) if row is not None]
+    ids = [row_id for row_id, (row, _) in zip(arm.mixture.row_ids, encoded, strict=True) if row is not None]
     num_dropped = len(encoded) - len(kept)
     num_truncated = sum(is_long for _, is_long in encoded) - num_dropped
     check_left([source for _, source in kept], sources, config)
@@ -124,13 +135,32 @@ def build_input(arm: Arm, space: Workspace, pool: Pool | None) -> tuple[TrainInp
             [(row.input_ids, row.loss_mask) for row, _ in kept],
             sources=[source for _, source in kept],
             has_token=[any(token in row.input_ids for token in chat.token_ids.values()) for row, _ in kept],
+            scores=look_up_scores(config.row_scores, ids) if config.row_scores else None,
         ),
         token_ids=token_ids,
         instruction_ids=tuple(chat.tokenizer.encode(f" {instruction}", add_special_tokens=False))
         if instruction
         else (),
+        allowed_modules=allowed_modules,
     )
     return task, {"dropped_long": num_dropped, "truncated_long": num_truncated}
+
+
+def look_up_scores(config: RowScoresConfig, row_ids: Sequence[str]) -> list[float]:
+    """Return each row's score.
+
+    Raises:
+        StoreError: There is no such table or column.
+        TrainError: Rows without a score, and no score for such rows.
+    """
+    scores = read_score_column(config.path, config.column)
+    missing = [row_id for row_id in row_ids if row_id not in scores]
+    if missing and config.missing is None:
+        raise TrainError(
+            f"train.row_scores: {len(missing)} of {len(row_ids)} rows have no {config.column!r} in {config.path!r},"
+            f" the first is {missing[0]!r}; score them, or set train.row_scores.missing to a score for such rows"
+        )
+    return [scores.get(row_id, config.missing or 0.0) for row_id in row_ids]
 
 
 def _moves_rows(config: TrainConfig) -> bool:
@@ -157,6 +187,7 @@ def train_arms(
     *,
     logs: Mapping[str, LogMetrics],
     max_concurrent: int,
+    allowed_modules: tuple[str, ...] = (),
     on_done: Callable[[str, float], None] = lambda name, seconds: None,
 ) -> dict[str, Adapter]:
     """Train each arm that is not finished, a few at a time; return the adapters by name.
@@ -175,7 +206,7 @@ def train_arms(
         while running or (waiting and not is_stopping.is_set()):
             while waiting and len(running) < max_concurrent and not is_stopping.is_set():
                 name = waiting.pop(0)
-                task, num_by_fate = build_input(arms[name], space, pool)
+                task, num_by_fate = build_input(arms[name], space, pool, allowed_modules=allowed_modules)
                 sink = everything.enter_context(ExitStack())
                 log = sink.enter_context(forward_log(logs[name], is_stopping=is_stopping))
                 storage = space.address("checkpoints", "")

@@ -67,3 +67,29 @@ def read_scores(address: str, row_ids: Sequence[str]) -> dict[str, list[float]]:
         )
     columns = {name: table.column(name).to_pylist() for name in table.column_names if name != ROW_ID}
     return {name: [values[places[row_id]] for row_id in row_ids] for name, values in columns.items()}
+
+
+def read_score_column(path: str, column: str) -> dict[str, float]:
+    """Read one column of a table of scores, which may be of any rows, as row id -> score.
+
+    Args:
+        path: The Parquet file's address.
+        column: Its name.
+
+    Raises:
+        StoreError: There is no such table or column, an id twice, or a value that is no number.
+    """
+    if not exists(path):
+        raise StoreError(f"there is no table of scores at {path!r}; write one with {ROW_ID!r} and {column!r}")
+    table = read_table(path)
+    missing = [name for name in (ROW_ID, column) if name not in table.column_names]
+    if missing:
+        raise StoreError(f"{path!r} has no column {missing}, it has {table.column_names}; name one of them")
+    ids, values = table.column(ROW_ID).to_pylist(), table.column(column).to_pylist()
+    scores = dict(zip(ids, values, strict=True))
+    if len(scores) < len(ids) or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        raise StoreError(
+            f"{path!r}: {column!r} needs a finite number for each row, once; got {len(ids)} values of"
+            f" {len(scores)} rows"
+        )
+    return {row_id: float(value) for row_id, value in scores.items()}

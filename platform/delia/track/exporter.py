@@ -13,7 +13,7 @@ from functools import cache
 import ray
 from ray.util.metrics import Counter, Gauge
 
-from delia.metrics import METRIC_BY_NAME, Metric, prometheus_name
+from delia.metrics import METRIC_BY_NAME, Metric, prometheus_name, split_label
 
 RUN, SUITE, METRIC = "run", "suite", "metric"
 SCORE = "evaluate/score"
@@ -31,10 +31,15 @@ class Exporter:
         """Set gauges, and add to counters what came since their last total; scores have `export_score`."""
         if not ray.is_initialized():
             return
-        for name in values.keys() & METRIC_BY_NAME.keys():
-            metric, value = METRIC_BY_NAME[name], float(values[name])
+        for name, value in values.items():
+            found = split_label(name)
+            if found is None:
+                continue
+            metric, labels = found[0], self._labels
+            if metric.label:
+                labels = {**labels, metric.label: found[1]}
             if metric.kind == "gauge":
-                _open_gauge(metric).set(value, self._labels)
+                _open_gauge(metric).set(float(value), labels)
             elif value > self._totals.get(name, 0.0):
                 _open_counter(metric).inc(value - self._totals.get(name, 0.0), self._labels)
                 self._totals[name] = value
@@ -48,7 +53,7 @@ class Exporter:
 
 @cache
 def _open_gauge(metric: Metric) -> Gauge:
-    keys = (RUN, SUITE, METRIC) if metric.name == SCORE else (RUN,)
+    keys = (RUN, SUITE, METRIC) if metric.name == SCORE else (RUN, metric.label) if metric.label else (RUN,)
     return Gauge(prometheus_name(metric), metric.description, tag_keys=keys)
 
 

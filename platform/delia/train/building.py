@@ -14,6 +14,7 @@ from delia.errors import TrainError
 from delia.model.adapted import attach, initialise_rows, part_of, takes_decay
 from delia.model.attention import use_packed_attention
 from delia.model.loading import load_base
+from delia.model.original import check_base_is_there
 from delia.model.stand_in import find_stand_in
 from delia.store.models import ModelConfig
 from delia.train.objective import prepare_loss, read_head
@@ -31,6 +32,7 @@ class TrainInput:
     rows: TrainRows
     token_ids: tuple[int, ...] = ()
     instruction_ids: tuple[int, ...] = ()
+    allowed_modules: tuple[str, ...] = ()
 
 
 def build_model(task: TrainInput) -> PreTrainedModel:
@@ -64,6 +66,8 @@ def build_model(task: TrainInput) -> PreTrainedModel:
     head = read_head(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if config.kl_weight is not None:
+        check_base_is_there(model)
     if config.compile:
         for layer in find_layers(model):
             layer.compile(dynamic=True)

@@ -3,8 +3,9 @@
     base + LoRA + token rows, sharded (FSDP2) -> steps over the stages -> trained tensors
 
 The loss is the negative log-likelihood summed over a global batch and divided by the number of its
-trained tokens, so neither micro-batches nor workers change it. Every random choice is derived from
-(seed, step), so a checkpoint carries only parameters, optimizer state and the step.
+trained tokens, so neither micro-batches nor workers change it; methods (`train.methods`) may weigh tokens,
+corrupt inputs or freeze parameters. Every random choice is derived from (seed, step), so a checkpoint carries
+only parameters, optimizer state and the step.
 """
 
 import resource
@@ -31,10 +32,11 @@ from delia.train.building import TrainInput, build_model, build_optimizer, build
 from delia.train.checkpoints import gather_trained, resume, save_checkpoint, seal_checkpoint
 from delia.train.guards import Line, LossWatch, Outcome, agree
 from delia.train.memory import find_shortage
+from delia.train.meters import Meters, SourceLosses
+from delia.train.methods import PLAIN, StepMethods, build_methods
 from delia.train.packing import join_stream, pack_batch
 from delia.train.rows import TrainRows
 from delia.train.settings import scale_rate
-from delia.train.weighting import TokenWeighter, weigh_equally
 
 ADAPTER_FOLDER = "adapter"
 
@@ -45,28 +47,36 @@ def train_worker(settings: Mapping[str, Any]) -> Outcome:
     log: Line = settings["log"]
     config, context = task.config, ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
+    tell = log if rank == 0 else _say_nothing
     shortage = find_shortage(task, num_sharing=context.get_local_world_size())
     if agree(shortage):
         return Outcome(step=0, problem=shortage or "the device of another worker is too small")
     model = build_model(task)
+    methods = build_methods(task, vocab_size=model.config.vocab_size)
+    meters = Meters(model, task, config.meters) if config.meters else None
     optimizers = [build_optimizer(model, stage) for stage in config.stages]
     orders = [build_order(task, stage) for stage in config.stages]
     lengths, num_trained_R = task.rows.lengths_R.tolist(), task.rows.num_trained_R
     watch = LossWatch(config)
     step = resume(model, optimizers, watch)
     while step < config.max_steps:
-        started = time.monotonic()
         stage_index, stage_step = config.locate(step)
         stage, optimizer = config.stages[stage_index], optimizers[stage_index]
+        if meters is not None and step % meters.every == 0:
+            tell(meters.read(optimizer), step)
+        started = time.monotonic()
         torch.manual_seed(derive_seed(config.seed, "dropout", step, rank))
         batch = orders[stage_index].batch(stage_step)
         num_trained = int(num_trained_R[batch].sum())
         packed = pack_batch(
             batch, lengths, num_workers=num_workers, max_tokens=config.max_tokens_per_micro_batch
         )
+        is_logged = (step + 1) % config.log_every == 0 or step + 1 == config.max_steps
+        how = methods.at(step, SourceLosses(task.rows) if is_logged else None)
         loss = accumulate_gradients(
-            model, task.rows, packed[rank], num_trained=num_trained, num_workers=num_workers
+            model, task.rows, packed[rank], num_trained=num_trained, num_workers=num_workers, methods=how
         )
+        methods.freeze(model, step)
         moved = [p for group in optimizer.param_groups for p in group["params"]]
         norm = clip_gradients(moved, config.max_grad_norm)
         problem = watch.see(step, loss, norm)
@@ -77,26 +87,39 @@ def train_worker(settings: Mapping[str, Any]) -> Outcome:
         optimizer.step()
         model.zero_grad(set_to_none=True)
         step += 1
-        seconds = time.monotonic() - started
-        if rank == 0 and (step % config.log_every == 0 or step == config.max_steps):
-            log(
-                {
-                    "train/loss": loss,
-                    "train/gradient_norm": norm,
-                    "train/learning_rate": optimizer.param_groups[0]["lr"],
-                    "train/tokens_per_second": sum(lengths[row] for row in batch) / seconds,
-                    "train/trained_tokens_per_second": num_trained / seconds,
-                    "train/step_seconds": seconds,
-                    "train/peak_memory_bytes": read_peak_memory(),
-                },
-                step,
-            )
+        if how.by_source is not None:
+            speed = (sum(lengths[row] for row in batch), num_trained, time.monotonic() - started)
+            tell(how.by_source.read(num_workers) | describe_step(loss, norm, optimizer, *speed), step)
         is_stopped = agree(log.asks_to_stop())
         if step % config.checkpoint_every == 0 or step == config.max_steps or is_stopped:
             report_checkpoint(model, optimizers, step, task, watch)
         if is_stopped:
             break
     return Outcome(step=step)
+
+
+def describe_step(
+    loss: float,
+    norm: float,
+    optimizer: torch.optim.AdamW,
+    num_tokens: int,
+    num_trained: int,
+    seconds: float,
+) -> dict[str, float]:
+    """Return what is logged of a step, by the names of `delia.metrics`."""
+    return {
+        "train/loss": loss,
+        "train/gradient_norm": norm,
+        "train/learning_rate": optimizer.param_groups[0]["lr"],
+        "train/tokens_per_second": num_tokens / seconds,
+        "train/trained_tokens_per_second": num_trained / seconds,
+        "train/step_seconds": seconds,
+        "train/peak_memory_bytes": read_peak_memory(),
+    }
+
+
+def _say_nothing(metrics: dict[str, float], step: int) -> None:
+    """The first worker logs for all."""
 
 
 def accumulate_gradients(
@@ -106,14 +129,17 @@ def accumulate_gradients(
     *,
     num_trained: int,
     num_workers: int,
-    weigher: TokenWeighter = weigh_equally,
+    methods: StepMethods = PLAIN,
 ) -> float:
     """Add up the gradients of a global batch and return its loss in nats a trained token."""
     total = torch.zeros((), device=next(model.parameters()).device)
     for place, chosen in enumerate(micro_batches):
         if isinstance(model, FSDPModule):  # workers' gradients are added up once a step
             model.set_requires_gradient_sync(place == len(micro_batches) - 1)
-        loss, _ = cast(Any, model).compute_loss(join_stream(rows, chosen), weigher)
+        stream = methods.corrupt(join_stream(rows, chosen))
+        loss, losses_N = cast(Any, model).compute_loss(stream, methods.weigher, methods.held(stream))
+        if methods.by_source is not None:
+            methods.by_source.add(stream, losses_N)
         # FSDP averages gradients over workers; the factor turns the average into the sum
         (loss * (num_workers / num_trained)).backward()
         total += loss.detach()

@@ -9,7 +9,7 @@ loss, in place, and only hidden states of trained tokens ever meet the vocabular
 Legend: N trained tokens, n of one chunk, V vocabulary, D hidden.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, cast
 
@@ -19,6 +19,8 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from delia.errors import TrainError
+from delia.model.original import base_alone
+from delia.train.divergence import HeldTokens, sum_divergence
 from delia.train.packing import Stream
 from delia.train.weighting import TokenWeighter, TrainedTokens
 
@@ -75,10 +77,17 @@ def _read_logits(hidden_nD: Tensor, output: nn.Module, head: HeadConfig) -> Tens
 
 
 def prepare_loss(model: PreTrainedModel, head: HeadConfig) -> None:
-    """Give a model, sharded or not, `compute_loss(stream, weigher)`, which FSDP treats as `forward`."""
+    """Give a model, sharded or not, `compute_loss(stream, weigher)`, which FSDP treats as `forward`.
 
-    def compute_loss(self: PreTrainedModel, stream: Stream, weigher: TokenWeighter) -> tuple[Tensor, Tensor]:
-        return _compute_loss(self, stream, weigher, head)
+    `compute_loss(stream, weigher, held)` holds some of the trained tokens to the base's distribution.
+    """
+
+    def compute_loss(
+        self: PreTrainedModel, stream: Stream, weigher: TokenWeighter, held: HeldTokens | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if held is None:
+            return _compute_loss(self, stream, weigher, head)
+        return _compute_held_loss(self, stream, weigher, head, held)
 
     setattr(model, METHOD, MethodType(compute_loss, model))
     register_fsdp_forward_method(cast(nn.Module, model), METHOD)
@@ -90,17 +99,59 @@ def _compute_loss(
     """Return the summed loss, a scalar to call `backward` on, and each trained token's own in nats, [N]."""
     output = model.get_output_embeddings()
     assert isinstance(output, nn.Linear)  # `read_head` has looked
-    device = output.weight.device
+    hidden_ND = _read_hidden(model, stream)
+    labels_N = stream.labels_N.to(hidden_ND.device)
+    chunks = _ByChunks.apply(hidden_ND, output.weight, output.bias, labels_N, stream, weigher, head)  # type: ignore[no-untyped-call]
+    return cast(tuple[Tensor, Tensor], chunks)
+
+
+def _read_hidden(model: PreTrainedModel, stream: Stream) -> Tensor:
+    """Return the last hidden states at the places that predict a trained token, [N, D]."""
+    device = cast(nn.Linear, model.get_output_embeddings()).weight.device
     states = model.get_decoder()(
         input_ids=stream.ids_T[None].to(device),
         position_ids=stream.positions_T[None].to(device),
         use_cache=False,
         segments=stream.lengths,
     )
-    hidden_ND = states.last_hidden_state[0].index_select(0, stream.places_N.to(device))
-    labels_N = stream.labels_N.to(device)
-    chunks = _ByChunks.apply(hidden_ND, output.weight, output.bias, labels_N, stream, weigher, head)  # type: ignore[no-untyped-call]
-    return cast(tuple[Tensor, Tensor], chunks)
+    return cast(Tensor, states.last_hidden_state[0].index_select(0, stream.places_N.to(device)))
+
+
+def _compute_held_loss(
+    model: PreTrainedModel, stream: Stream, weigher: TokenWeighter, head: HeadConfig, held: HeldTokens
+) -> tuple[Tensor, Tensor]:
+    """Return the loss with held tokens' divergence in the place of theirs, and each token's own in nats, [N].
+
+    A second pass without the adapter gives the base's states; every worker makes it, held tokens or not.
+    """
+    output = model.get_output_embeddings()
+    assert isinstance(output, nn.Linear)  # `read_head` has looked
+    with torch.no_grad(), base_alone(model):
+        original_ND = _read_hidden(model, stream)
+    hidden_ND = _read_hidden(model, stream)
+    device = hidden_ND.device
+    is_held_N = held.is_held_N
+    told = replace(stream, labels_N=stream.labels_N[~is_held_N], row_N=stream.row_N[~is_held_N])
+    nats, nats_M = sum_divergence(
+        hidden_ND[is_held_N.to(device)],
+        original_ND[is_held_N.to(device)],
+        output.weight,
+        output.bias,
+        head=(head.softcap, head.scale),
+        chunk_bytes=CHUNK_BYTES[device.type],
+    )
+    loss, told_N = _ByChunks.apply(  # type: ignore[no-untyped-call]
+        hidden_ND[~is_held_N.to(device)],
+        output.weight,
+        output.bias,
+        told.labels_N.to(device),
+        told,
+        weigher,
+        head,
+    )
+    losses_N = hidden_ND.new_empty(len(stream.labels_N), dtype=torch.float32)
+    losses_N[is_held_N.to(device)], losses_N[~is_held_N.to(device)] = nats_M, told_N
+    return loss + held.weight * nats, losses_N
 
 
 class _ByChunks(torch.autograd.Function):

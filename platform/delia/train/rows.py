@@ -25,6 +25,7 @@ class TrainRows:
         sources: Names of sources; `TASK` is the task's own.
         source_R: Each row's place in `sources`, int16.
         has_token_R: Whether a declared task token occurs in the row, bool.
+        score_R: What `train.row_scores` says of each row, float32; None without that setting.
     """
 
     ids_T: NDArray[np.int32]
@@ -33,6 +34,7 @@ class TrainRows:
     sources: tuple[str, ...]
     source_R: NDArray[np.int16]
     has_token_R: NDArray[np.bool_]
+    score_R: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -65,7 +67,11 @@ class TrainRows:
 
 
 def join_rows(
-    rows: Sequence[EncodedRow], *, sources: Sequence[str], has_token: Sequence[bool] | None = None
+    rows: Sequence[EncodedRow],
+    *,
+    sources: Sequence[str],
+    has_token: Sequence[bool] | None = None,
+    scores: Sequence[float] | None = None,
 ) -> TrainRows:
     """Return encoded rows as arrays.
 
@@ -73,6 +79,7 @@ def join_rows(
         rows: Ids and mask of each.
         sources: The name of each row's source, `TASK` for the task's own.
         has_token: Whether a declared task token occurs in each; none by default.
+        scores: A number for each, or none.
     """
     names = tuple(dict.fromkeys(sources))
     return TrainRows(
@@ -82,4 +89,5 @@ def join_rows(
         sources=names,
         source_R=np.array([names.index(source) for source in sources], np.int16),
         has_token_R=np.array(has_token if has_token is not None else [False] * len(rows), np.bool_),
+        score_R=None if scores is None else np.array(scores, np.float32),
     )

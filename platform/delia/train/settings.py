@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from delia.config import FrozenConfig
+from delia.config import FrozenConfig, MethodConfig
 from delia.model.adapted import Part, TokenInit
 from delia.model.lora import LoraConfig
 
@@ -29,6 +29,32 @@ class StageConfig(FrozenConfig):
     weight_decay: float = Field(default=0.0, ge=0)
 
 
+class RowScoresConfig(FrozenConfig):
+    """A column of numbers by row id, read by a token weighter.
+
+    `path` is the address of a Parquet table with a column `row_id`, such as a pool's `scores.parquet`.
+    Rows that it lacks have the score `missing`; None refuses them.
+    """
+
+    path: str = Field(min_length=1)
+    column: str = Field(min_length=1)
+    missing: float | None = None
+
+
+class MetersConfig(FrozenConfig):
+    """DELIA's meters (`train.meters`): how often they are read, and on how much.
+
+    They are read before every `every`-th step, the first included, on `num_rows` rows of each source that stay the
+    same, and the new token among `num_words` words of the vocabulary; `seed` draws them and the permutations.
+    """
+
+    every: int = Field(default=50, gt=0)
+    num_rows: int = Field(default=16, gt=0)
+    num_words: int = Field(default=256, gt=1)
+    num_permutations: int = Field(default=999, gt=0)
+    seed: int = 0
+
+
 class TrainConfig(FrozenConfig):
     """How an adapter is trained; stages run one after the other on the same parameters.
 
@@ -37,6 +63,10 @@ class TrainConfig(FrozenConfig):
     memory: both give time for memory. `compile` lets torch.compile fuse what lies between matrix products;
     its first steps take minutes, and it needs a compiler. `max_loss_spike` and `max_norm_spike` end a training
     that goes wrong (see `train.guards`).
+
+    `token_weighter`, `parameter_mask` and `input_corruption` name research methods. `kl_weight` has the
+    diverse rows' trained tokens held to the base's whole distribution, with this weight, in the place of their
+    labels: an explicit penalty, to compare DELIA with. `meters` measure while training, and change nothing.
     """
 
     lora: LoraConfig | None = LoraConfig()
@@ -62,6 +92,12 @@ class TrainConfig(FrozenConfig):
     num_kept_checkpoints: int = Field(default=2, gt=0)
     log_every: int = Field(default=10, gt=0)
     max_failures: int = Field(default=3, ge=0)
+    token_weighter: MethodConfig | None = None
+    row_scores: RowScoresConfig | None = None
+    parameter_mask: MethodConfig | None = None
+    input_corruption: MethodConfig | None = None
+    kl_weight: float | None = Field(default=None, gt=0)
+    meters: MetersConfig | None = None
 
     @property
     def max_steps(self) -> int:
