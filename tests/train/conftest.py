@@ -35,6 +35,8 @@ class Run:
     """What a run logged, by step, and left."""
 
     losses: dict[int, float] = field(default_factory=dict)
+    readings: dict[int, dict[str, float]] = field(default_factory=dict)
+    by_source: dict[int, dict[str, float]] = field(default_factory=dict)
     checkpoints: dict[int, Path] = field(default_factory=dict)
     adapter: Path | None = None
     outcome: Outcome | None = None
@@ -54,8 +56,13 @@ class LocalLine:
     stop_after: int | None
 
     def __call__(self, metrics: dict[str, float], step: int) -> None:
+        if "train/meter_seconds" in metrics:
+            self.run.readings[step] = metrics
+            return
         assert step not in self.run.losses, f"step {step} was logged twice"
         self.run.losses[step] = metrics["train/loss"]
+        names = (name for name in metrics if name.startswith("train/source_loss/"))
+        self.run.by_source[step] = {name.rpartition("/")[2]: metrics[name] for name in names}
 
     def asks_to_stop(self) -> bool:
         return max(self.run.losses, default=0) == self.stop_after

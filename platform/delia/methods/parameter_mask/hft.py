@@ -40,6 +40,7 @@ class HFT:
             by_kind.setdefault(find_kind(unit), []).append(unit)
         frozen: set[str] = set()
         for kind, members in by_kind.items():
+            members.sort()  # what is drawn depends on names, not on their order
             make_random(seed, "hft", kind, pair).shuffle(members)
             middle = len(members) // 2
             if len(members) > 1:
