@@ -19,10 +19,12 @@ from delia.generate.engine import EngineConfig
 from delia.metrics import score_name
 from delia.mix.mixture import MixConfig, count_rows
 from delia.model.loading import check_quantisation
+from delia.model.lora import MOVES_BASE
 from delia.schema import Message, Split, Task
 from delia.store.models import resolve_model
 from delia.store.tasks import read_task
 from delia.train.memory import describe_shortage, read_device_bytes
+from delia.train.methods import check_methods
 
 
 def check_settings(task: Task, arms: Mapping[str, ArmConfig], pool: PoolConfig | None) -> None:
@@ -33,11 +35,32 @@ def check_settings(task: Task, arms: Mapping[str, ArmConfig], pool: PoolConfig |
     """
     check_metrics(task)
     check_stages(task, arms)
+    check_train_methods(arms)
     check_ratios(pool, arms, num_task_rows=len(task.rows_by_split["train"]))
     if pool is not None:
         check_sources(pool)
         check_embedder(pool.curate.embedder)
         find_languages(pool.curate.languages or ())
+
+
+def check_train_methods(arms: Mapping[str, ArmConfig]) -> None:
+    """Refuse an arm whose methods can't be built, and a penalty that no row would have.
+
+    Raises:
+        ConfigError: With the arm and the way out.
+    """
+    for name, arm in arms.items():
+        check_methods(arm.train)
+        if arm.train.kl_weight is not None and arm.mix.diverse_ratio == 0:
+            raise ConfigError(
+                f"{name}: train.kl_weight={arm.train.kl_weight:g} holds diverse rows to the base, and mix.diverse_ratio"
+                " is 0; raise the ratio, or unset kl_weight"
+            )
+        if arm.train.kl_weight is not None and arm.train.lora and arm.train.lora.init in MOVES_BASE:
+            raise ConfigError(
+                f"{name}: train.kl_weight needs the base as it was, and train.lora.init={arm.train.lora.init} takes"
+                " its start out of it; take init=default or eva, or unset kl_weight"
+            )
 
 
 def check_sources(pool: PoolConfig) -> None:

@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 
 from delia.chat import ChatEncoder, EncodedChat, save_tokenizer
 from delia.config import FrozenConfig, fingerprint
-from delia.errors import DeliaError, StoppedError
+from delia.errors import DeliaError, StoppedError, TrainError
 from delia.flow.workspace import Workspace
 from delia.mix.mixture import MixConfig, mix
 from delia.schema import Adapter, Messages, Mixture

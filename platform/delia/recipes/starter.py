@@ -171,6 +171,7 @@ def reproduce_sep() -> ReproduceConfig:
         recipe=recipe,
         extra_arms={
             "plain, equal exposures": _plain_arm(equal_exposures, 5e-3),
+            "explicit KL": _hold_to_base(recipe.baselines["delia"], weight=1.0),
             **{
                 f"{name}, from the {words}": _start_at(recipe.baselines[name], start)
                 for words, start in starts.items()
@@ -183,6 +184,11 @@ def reproduce_sep() -> ReproduceConfig:
         num_few=15,
         one_wording=True,
     )
+
+
+def _hold_to_base(arm: ArmConfig, *, weight: float) -> ArmConfig:
+    """Return an arm whose diverse rows are held to the base's distribution in the place of their answers."""
+    return arm.model_copy(update={"train": arm.train.model_copy(update={"kl_weight": weight})})
 
 
 def _start_at(arm: ArmConfig, start: TokenInit) -> ArmConfig:

@@ -3,7 +3,8 @@
     messages            [{"role": "user" | "assistant" | "system", "content": text}, ...]
     sharegpt            [{"from": "human" | "gpt" | "system", "value": text}, ...] in `conversations`
     prompt_completion   two texts
-    alpaca              `instruction`, optional `input` (on the next line of the same turn), `output`
+    alpaca              `instruction`, optional `input` (on the next line of the same turn, or on the line
+                        before: `input_first`), `output`
 
 Any layout may have a `system` column: the system turn, where it is not blank. Other columns are
 `id`, `suite`, `phrasing`, `licence` and `base_messages` (a list with role and content); columns that
@@ -34,6 +35,10 @@ class ColumnMapping(FrozenConfig):
 
     `role` and `content` are the keys of a message, `sender` and `value` those of a sharegpt turn.
     "auto" takes the one layout whose columns the first row of train has.
+
+    `input_first` puts the instruction after its input, in training and in use alike: Post-Ins (Liu et al.
+    2023, "Instruction Position Matters in Sequence Generation with Large Language Models", arXiv 2308.12097).
+    Only the alpaca layout says which part is which.
     """
 
     layout: Layout = "auto"
@@ -54,6 +59,7 @@ class ColumnMapping(FrozenConfig):
     phrasing: str = "phrasing"
     licence: str = "licence"
     base_messages: str = "base_messages"
+    input_first: bool = False
 
 
 def resolve_layout(columns: ColumnMapping, first: Mapping[str, Any]) -> ColumnMapping:
@@ -63,12 +69,12 @@ def resolve_layout(columns: ColumnMapping, first: Mapping[str, Any]) -> ColumnMa
         TaskFileError: No layout fits, or more than one.
     """
     if columns.layout != "auto":
-        return columns
+        return _check_order(columns)
     names = columns.model_dump()
     needed = {layout: [names[field] for field in fields] for layout, fields in NEEDED_BY_LAYOUT.items()}
     fitting = [layout for layout, wanted in needed.items() if set(wanted) <= set(first)]
     if len(fitting) == 1:
-        return columns.model_copy(update={"layout": fitting[0]})
+        return _check_order(columns.model_copy(update={"layout": fitting[0]}))
     if fitting:
         raise TaskFileError(
             f"the columns {_show(first)} fit the layouts {fitting}; set columns.layout to one of them"
@@ -78,6 +84,15 @@ def resolve_layout(columns: ColumnMapping, first: Mapping[str, Any]) -> ColumnMa
         f" {'; '.join(f'{wanted} for {layout}' for layout, wanted in needed.items())};"
         " set columns.layout and the names, for example columns.prompt=question"
     )
+
+
+def _check_order(columns: ColumnMapping) -> ColumnMapping:
+    if columns.input_first and columns.layout != "alpaca":
+        raise TaskFileError(
+            f"columns.input_first moves the instruction behind its input, which the layout {columns.layout!r} does"
+            " not tell apart; give the file columns `instruction` and `input`, or unset input_first"
+        )
+    return columns
 
 
 def parse_row(fields: Mapping[str, Any], columns: ColumnMapping, *, is_train: bool) -> SeedTask:
@@ -160,7 +175,7 @@ def _parse_chat(fields: Mapping[str, Any], columns: ColumnMapping, *, may_be_ope
     elif columns.layout == "sharegpt":
         chat = _parse_turns(fields[columns.conversations], columns, columns.conversations, is_sharegpt=True)
     else:
-        chat = _parse_pair(fields, *needed, input_name=columns.input if columns.layout == "alpaca" else None)
+        chat = _parse_pair(fields, *needed, columns=columns)
     system = fields.get(columns.system)
     if system is None or not check_text(system, columns.system).strip():
         return chat
@@ -168,12 +183,13 @@ def _parse_chat(fields: Mapping[str, Any], columns: ColumnMapping, *, may_be_ope
 
 
 def _parse_pair(
-    fields: Mapping[str, Any], prompt_name: str, answer_name: str, *, input_name: str | None
+    fields: Mapping[str, Any], prompt_name: str, answer_name: str, *, columns: ColumnMapping
 ) -> Messages:
     prompt = _check_content(fields[prompt_name], prompt_name)
-    addition = fields.get(input_name) if input_name is not None else None
-    if addition is not None and check_text(addition, str(input_name)).strip():
-        prompt = f"{prompt}\n{addition}"
+    addition = fields.get(columns.input) if columns.layout == "alpaca" else None
+    if addition is not None and check_text(addition, columns.input).strip():
+        parts = (addition, prompt) if columns.input_first else (prompt, addition)
+        prompt = "\n".join(parts)
     turns = [Message(role="user", content=prompt)]
     if fields.get(answer_name) is not None:
         turns.append(Message(role="assistant", content=_check_content(fields[answer_name], answer_name)))
