@@ -12,7 +12,16 @@ import pytest
 import yaml
 
 from delia.errors import ConfigError
-from delia.metrics import METRICS, Metric, check_metric, prometheus_name, score_name, series_name
+from delia.metrics import (
+    METRICS,
+    Metric,
+    check_metric,
+    labelled,
+    prometheus_name,
+    score_name,
+    series_name,
+    split_label,
+)
 
 DASHBOARDS = Path(__file__).parents[1] / "dashboards"
 LABELS = re.compile(r"\{[^}]*\}|\b(?:by|on|without)\s*\([^)]*\)|\[[^\]]*\]")
@@ -106,6 +115,24 @@ def test_names_of_the_table_and_of_scores_pass():
     assert [check_metric(metric.name) for metric in METRICS] == [metric.name for metric in METRICS]
     assert score_name("negated", "exact_match") == "evaluate/negated_exact_match"
     assert score_name("task", "chrf") == "evaluate/task_chrf"
+
+
+def test_a_quantity_of_each_source_has_the_source_s_name_and_one_series():
+    name = labelled("train/source_loss", "magpie-2.b")
+    assert name == "train/source_loss/magpie-2.b"
+    metric, source = split_label(name)
+    assert (prometheus_name(metric), metric.label, source) == (
+        "delia_train_source_loss", "source", "magpie-2.b"
+    )  # fmt: skip
+    assert labelled("train/token_rank", 3) == "train/token_rank/3"
+    assert split_label("train/loss")[1] == ""
+    assert split_label("evaluate/follow_chrf") is None
+
+
+@pytest.mark.parametrize("name", ["train/loss/magpie", "train/source_loss/a b", "train/source_loss/"])
+def test_a_label_that_a_quantity_has_not_or_that_is_no_name_is_refused(name):
+    with pytest.raises(ConfigError, match="no metric"):
+        check_metric(name)
 
 
 @pytest.mark.parametrize(

@@ -60,13 +60,13 @@ class Estimate:
 
     @property
     def z(self) -> float:
-        """Return how many standard errors the estimate lies above 0."""
-        return self.square / self.error
+        """Return how many standard errors the estimate lies above 0; 0 where no row has a gradient."""
+        return self.square / self.error if self.error else 0.0
 
     @property
     def share(self) -> float:
         """Return |E g| over the root mean square of |g|, 0 where the estimate is negative."""
-        return (max(self.square, 0.0) / self.mean_square) ** 0.5
+        return (max(self.square, 0.0) / self.mean_square) ** 0.5 if self.mean_square else 0.0
 
 
 def open_sep() -> tuple[Workspace, PreTrainedModel]:
@@ -116,8 +116,8 @@ def sample(
     return answers
 
 
-def estimate(model: PreTrainedModel, rows: Sequence[EncodedRow]) -> dict[str, Estimate]:
-    """Return the estimates for LoRA's B and the token's row, from a gradient a row of the training's own loss."""
+def compute_gradients(model: PreTrainedModel, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+    """Return the gradient of each row's summed loss by LoRA's B and by the token's row, [R, P] each."""
     names = {"lora_B": ".lora_B.", "token_rows": "deltas_KD"}
     chosen = {part: [p for n, p in model.named_parameters() if mark in n] for part, mark in names.items()}
     gradients: dict[str, list[torch.Tensor]] = {part: [] for part in names}
@@ -129,9 +129,13 @@ def estimate(model: PreTrainedModel, rows: Sequence[EncodedRow]) -> dict[str, Es
         for part, parameters in chosen.items():
             gradients[part].append(torch.cat([p.grad.flatten() for p in parameters]))
     model.zero_grad()
+    return {part: torch.stack(vectors) for part, vectors in gradients.items()}
+
+
+def estimate(model: PreTrainedModel, rows: Sequence[EncodedRow]) -> dict[str, Estimate]:
+    """Return the estimates for LoRA's B and the token's row, from a gradient a row of the training's own loss."""
     found = {}
-    for part, vectors in gradients.items():
-        vectors_RP = torch.stack(vectors)
+    for part, vectors_RP in compute_gradients(model, rows).items():
         products_RR = (vectors_RP @ vectors_RP.T).double()
         squares_R = products_RR.diagonal().clone()
         products_RR.fill_diagonal_(0)

@@ -227,3 +227,19 @@ def test_a_rendered_row_says_no_more_than_it_must_and_is_read_back():
     assert render_row(plain) == {"id": "a", "messages": [USER, ANSWER]}
     assert parse(render_row(full)) == full
     assert full.suite == ""
+
+
+@pytest.mark.parametrize(("input_first", "content"), [(False, "Add.\n1 and 2"), (True, "1 and 2\nAdd.")])
+def test_an_instruction_stands_before_its_input_or_after_it_by_setting(input_first, content):
+    row = parse({"instruction": "Add.", "input": "1 and 2", "output": "3"}, input_first=input_first)
+    assert row.messages == (Message(role="user", content=content), Message(role="assistant", content="3"))
+    alone = parse({"instruction": "Add 1 and 2.", "input": " ", "output": "3"}, input_first=input_first)
+    assert alone.messages == CHAT
+
+
+@pytest.mark.parametrize("layout", ["auto", "messages"])
+def test_an_order_of_parts_that_the_layout_does_not_know_is_refused(layout):
+    with pytest.raises(
+        TaskFileError, match=r"the layout 'messages' does not tell apart; give the file columns"
+    ):
+        parse({"messages": [USER, ANSWER]}, layout=layout, input_first=True)

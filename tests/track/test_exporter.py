@@ -20,7 +20,9 @@ def scrape() -> dict[tuple[str, str], float]:
     found = {}
     for name, labels, value in re.findall(r"^ray_(delia_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
         ours = [
-            pair for pair in re.findall(r'(\w+)="([^"]*)"', labels) if pair[0] in ("run", "suite", "metric")
+            pair
+            for pair in re.findall(r'(\w+)="([^"]*)"', labels)
+            if pair[0] in ("run", "suite", "metric", "source")
         ]
         found[name, " ".join(f"{key}={value}" for key, value in sorted(ours))] = float(value)
     return found
@@ -45,6 +47,7 @@ def test_gauges_counters_and_scores_arrive_under_their_runs_name(cluster, tracke
     with tracker.run("exported") as run:
         run.log_metrics({"train/loss": 2.5, "synthesize/accepted": 10}, step=1)
         run.log_metrics({"train/loss": 1.5, "synthesize/accepted": 25}, step=2)
+        run.log_metrics({"train/source_loss/magpie": 0.5, "train/source_loss/task": 3.5}, step=2)
         run.log_metrics({"synthesize/accepted": 25}, step=3)
         run.log_scores({("follow", "exact_match"): 0.75})
         with tracker.run("exported too") as other:
@@ -52,6 +55,8 @@ def test_gauges_counters_and_scores_arrive_under_their_runs_name(cluster, tracke
 
     wait_for(("delia_train_loss", "run=exported"), 1.5)
     wait_for(("delia_train_loss", "run=exported too"), 7.0)
+    wait_for(("delia_train_source_loss", "run=exported source=magpie"), 0.5)
+    wait_for(("delia_train_source_loss", "run=exported source=task"), 3.5)
     wait_for(("delia_synthesize_accepted_total", "run=exported"), 25.0)
     wait_for(("delia_evaluate_score", "metric=exact_match run=exported suite=follow"), 0.75)
     history = tracker.client.get_metric_history(run.run_id, "evaluate/follow_exact_match")
