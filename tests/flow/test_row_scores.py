@@ -55,11 +55,11 @@ def test_scores_arrive_by_row_id_whatever_the_order_of_the_table(space, write):
     scores = write({"t2": 0.25, "other": 9.0, "t0": 0.5, "t1": 1.0})
     arm = plan_arm(make_arm(token_weighter=UAL, row_scores=scores), space, None)
     assert arm.mixture.row_ids == ("t0", "t1", "t2")
-    assert build_input(arm, space, None).rows.score_R.tolist() == [0.5, 1.0, 0.25]
+    assert build_input(arm, space, None)[0].rows.score_R.tolist() == [0.5, 1.0, 0.25]
 
 
 def test_without_the_setting_there_are_none(space):
-    assert build_input(plan_arm(make_arm(), space, None), space, None).rows.score_R is None
+    assert build_input(plan_arm(make_arm(), space, None), space, None)[0].rows.score_R is None
 
 
 def test_rows_without_a_score_are_refused_or_have_the_one_that_is_set(space, write):
@@ -67,7 +67,7 @@ def test_rows_without_a_score_are_refused_or_have_the_one_that_is_set(space, wri
     with pytest.raises(TrainError, match=r"2 of 3 rows have no 'doubt' .* the first is 't0'"):
         build_input(arm, space, None)
     filled = make_arm(token_weighter=UAL, row_scores=write({"t1": 0.5}, missing=0.125))
-    rows = build_input(plan_arm(filled, space, None), space, None).rows
+    rows = build_input(plan_arm(filled, space, None), space, None)[0].rows
     assert np.array_equal(rows.score_R, np.array([0.125, 0.5, 0.125], np.float32))
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch.distributed as dist
 
-from delia.train import loop
+from delia.train import checkpoints, loop
 from delia.train.building import TrainInput
 
 
@@ -28,12 +28,23 @@ def main() -> None:
         if rank == "0" and (Path(checkpoint.path) / loop.ADAPTER_FOLDER).is_dir():
             shutil.copytree(Path(checkpoint.path) / loop.ADAPTER_FOLDER, folder / "adapter")
 
-    context = SimpleNamespace(get_world_rank=lambda: int(rank), get_world_size=lambda: int(num_workers))
-    loop.ray = SimpleNamespace(
-        get=lambda value: value,
-        train=SimpleNamespace(get_context=lambda: context, get_checkpoint=lambda: None, report=report),
+    class Line:
+        def __call__(self, metrics, step) -> None:
+            lines.append((step, metrics))
+
+        def asks_to_stop(self) -> bool:
+            return False
+
+    context = SimpleNamespace(
+        get_world_rank=lambda: int(rank),
+        get_world_size=lambda: int(num_workers),
+        get_local_world_size=lambda: int(num_workers),
     )
-    loop.train_worker({"input": [task], "log": lambda metrics, step: lines.append((step, metrics))})
+    played = SimpleNamespace(
+        get_context=lambda: context, get_all_reported_checkpoints=lambda: [], report=report
+    )
+    loop.ray = checkpoints.ray = SimpleNamespace(get=lambda value: value, train=played)
+    loop.train_worker({"input": [task], "log": Line()})
     if rank == "0":
         (folder / "lines.json").write_text(json.dumps(lines))
     dist.destroy_process_group()

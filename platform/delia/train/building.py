@@ -66,11 +66,11 @@ def build_model(task: TrainInput) -> PreTrainedModel:
     head = read_head(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if config.kl_weight is not None:
+        check_base_is_there(model)
     if config.compile:
         for layer in find_layers(model):
             layer.compile(dynamic=True)
-    if config.kl_weight is not None:
-        check_base_is_there(model)
     model.train()
     shard(model, config)
     prepare_loss(model, head)

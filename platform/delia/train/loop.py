@@ -30,7 +30,7 @@ from delia.train.building import TrainInput, build_model, build_optimizer, build
 from delia.train.checkpoints import gather_trained, resume, save_checkpoint, seal_checkpoint
 from delia.train.guards import Line, LossWatch, Outcome, SilentLine, agree
 from delia.train.memory import find_shortage
-from delia.train.meters import Meters, SourceLosses
+from delia.train.meters import Meters
 from delia.train.methods import PLAIN, StepMethods, build_methods
 from delia.train.packing import join_stream, pack_batch
 from delia.train.rows import TrainRows
@@ -66,14 +66,14 @@ def train_worker(settings: Mapping[str, Any]) -> Outcome:
         packed = pack_batch(
             tally.batch, lengths, num_workers=num_workers, max_tokens=config.max_tokens_per_micro_batch
         )
+        how = methods.at(step, tally.by_source)
         loss = accumulate_gradients(
             model,
             task.rows,
             packed[rank],
             num_trained=tally.num_trained,
             num_workers=num_workers,
-            methods=methods.at(step),
-            by_source=tally.by_source,
+            methods=how,
         )
         methods.freeze(model, step)
         moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -105,20 +105,16 @@ def accumulate_gradients(
     num_trained: int,
     num_workers: int,
     methods: StepMethods = PLAIN,
-    by_source: SourceLosses | None = None,
 ) -> float:
-    """Add up the gradients of a global batch and return its loss in nats a trained token.
-
-    The losses of this worker's tokens are also entered in `by_source`.
-    """
+    """Add up the gradients of a global batch and return its loss in nats a trained token."""
     total = torch.zeros((), device=next(model.parameters()).device)
     for place, chosen in enumerate(micro_batches):
         if isinstance(model, FSDPModule):  # workers' gradients are added up once a step
             model.set_requires_gradient_sync(place == len(micro_batches) - 1)
         stream = methods.corrupt(join_stream(rows, chosen))
         loss, losses_N = cast(Any, model).compute_loss(stream, methods.weigher, methods.held(stream))
-        if by_source is not None:
-            by_source.add(stream, losses_N)
+        if methods.by_source is not None:
+            methods.by_source.add(stream, losses_N)
         # FSDP averages gradients over workers; the factor turns the average into the sum
         (loss * (num_workers / num_trained)).backward()
         total += loss.detach()

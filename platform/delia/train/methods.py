@@ -17,6 +17,7 @@ from delia.train.building import TrainInput
 from delia.train.corruption import InputCorruption, corrupt_stream
 from delia.train.divergence import HeldTokens
 from delia.train.freezing import ParameterMask, freeze
+from delia.train.meters import SourceLosses
 from delia.train.packing import Stream
 from delia.train.rows import TrainRows
 from delia.train.settings import TrainConfig
@@ -31,11 +32,13 @@ class StepMethods:
         weigher: What a trained token counts.
         corrupt: What is read in a stream's place.
         held: Which of its tokens are held to the base; None, for all streams alike, if none ever is.
+        by_source: Where this worker's losses are entered, if anywhere.
     """
 
     weigher: TokenWeighter = weigh_equally
     corrupt: Callable[[Stream], Stream] = lambda stream: stream
     held: Callable[[Stream], HeldTokens | None] = lambda stream: None
+    by_source: SourceLosses | None = None
 
 
 PLAIN = StepMethods()
@@ -53,10 +56,10 @@ class TrainMethods:
     mask: ParameterMask | None = None
     corruption: InputCorruption | None = None
 
-    def at(self, step: int) -> StepMethods:
+    def at(self, step: int, by_source: SourceLosses | None = None) -> StepMethods:
         """Return what applies to the streams of a step."""
         if self.corruption is None:
-            return StepMethods(weigher=self.weigher, held=self._hold)
+            return StepMethods(weigher=self.weigher, held=self._hold, by_source=by_source)
         corrupt = partial(
             corrupt_stream,
             rows=self.rows,
@@ -65,7 +68,7 @@ class TrainMethods:
             progress=step / self.config.max_steps,
             vocab_size=self.vocab_size,
         )
-        return StepMethods(weigher=self.weigher, corrupt=corrupt, held=self._hold)
+        return StepMethods(weigher=self.weigher, corrupt=corrupt, held=self._hold, by_source=by_source)
 
     def freeze(self, model: nn.Module, step: int) -> None:
         """Drop the gradients of what stands still in a step."""
