@@ -30,15 +30,15 @@ def main() -> None:
     print(format_scores(result.reports, metrics=metrics, drift=result.drift))
     print("\nseconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in result.seconds.items()))
     verified = result.verification
-    print(
-        f"verified: {verified.num_equal}/{verified.num_prompts} greedy completions equal in vLLM and HF + PEFT"
-    )
+    equal = f"{verified.num_equal}/{verified.num_prompts} greedy completions equal in vLLM and HF + PEFT"
+    print(f"verified: {equal}, served as {verified.form}")
     print(f"registered: {result.version.uri} (alias candidate), run {result.run_id}")
     tools, adapter = shorten(str(Path(sys.executable).parent)), shorten(result.adapters[MAIN].path)
     store = f"--backend-store-uri sqlite:///{shorten(config.output_dir)}/mlflow.db"
     has_server = bool(config.track.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
     print("\ntry next:")
     print(f"  {tools}/delia ask {adapter} {shlex.quote(find_question(config))}")
+    print(f"  {tools}/delia export {adapter} --output exported")
     print("  open the tracking server" if has_server else f"  {tools}/mlflow ui {store}")
     print(f"  {tools}/python jobs/adapt.py starter_lingo --set task.path=your.jsonl")
 

@@ -4,6 +4,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,3 +127,105 @@ def make_shape() -> Callable[..., Any]:
         return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that saves a random model of a shape once, with the starter's tokenizer.
+
+    Heads are of a size that vLLM's attention takes on a CPU. The layers outweigh the embedding, so that a
+    tied model does not answer with the last id that it saw.
+    """
+    import torch
+    import transformers
+
+    from delia.starter.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    saved: dict[tuple[str, bool, bool], Path] = {}
+
+    def save(shape: str, *, is_tied: bool = True, is_sharded: bool = False) -> Path:
+        key = (shape, is_tied, is_sharded)
+        if key in saved:
+            return saved[key]
+        saved[key] = directory = tmp_path_factory.mktemp(f"{shape}-{is_tied}-{is_sharded}")
+        config = getattr(transformers, f"{shape}Config")(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            max_position_embeddings=128,
+            initializer_range=0.3,
+            tie_word_embeddings=is_tied,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(0.1)
+        model.save_pretrained(directory, max_shard_size="100KB" if is_sharded else "1GB")
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that writes a random adapter of a base as delia exports it: LoRA, and rows of tokens."""
+    import torch
+    import transformers
+
+    from delia.store.adapters import AdapterTensors, write_adapter
+
+    def write(
+        base: Path, *, token_ids: tuple[int, ...] = (7, 9), has_lora: bool = True, seed: int = 1
+    ) -> Path:
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        noise = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Any:
+            return torch.randn(*shape, generator=noise) * 0.2
+
+        pairs = {
+            name: (draw(4, module.in_features), draw(module.out_features, 4))
+            for name, module in model.named_modules()
+            if has_lora and name.endswith(("q_proj", "v_proj", "o_proj", "down_proj"))
+        }
+        rows_KD = draw(len(token_ids), 64) if token_ids else None
+        tensors = AdapterTensors(lora_by_module=pairs, token_ids=token_ids, row_deltas_KD=rows_KD)
+        directory = tmp_path_factory.mktemp("adapter")
+        write_adapter(directory, tensors, vocab_size=model.config.vocab_size, base_model=str(base))
+        return directory
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def peft_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that writes an adapter as PEFT itself does, with everything in it moved; no rows."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    def write(base: Path, **settings: Any) -> Path:
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        config = LoraConfig(
+            target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **settings
+        )
+        adapted = get_peft_model(model, config)
+        noise = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.2)
+        directory = tmp_path_factory.mktemp("peft")
+        adapted.save_pretrained(directory)
+        return directory
+
+    return write

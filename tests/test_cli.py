@@ -28,7 +28,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
 
     assert set(modules.split()) & HEAVY == set()
     assert "delia" in modules.split()
-    commands = ["recipes", "show", "ask", "task", "version"]
+    commands = ["recipes", "show", "ask", "export", "task", "version"]
     assert [name for name in commands if f"    {name}" not in shown] == []
 
 

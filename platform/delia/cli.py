@@ -10,6 +10,8 @@ from importlib.metadata import version
 
 from delia.errors import DeliaError
 
+FORMS = ("lora", "patched_base", "merged")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; an error that the platform raises on purpose is one line and status 2."""
@@ -41,6 +43,20 @@ def _make_parser() -> argparse.ArgumentParser:
     ask.add_argument("adapter", metavar="ADAPTER", help="an adapter's directory or models:/NAME@champion")
     ask.add_argument("text", metavar="TEXT")
     ask.set_defaults(run=_ask)
+
+    export = commands.add_parser(
+        "export",
+        help="write an adapter as vLLM serves it: LoRA, a patched base, or merged",
+        description="Write an adapter in a form that vLLM serves, and hold it to what HF + PEFT computes.",
+    )
+    export.add_argument("adapter", metavar="ADAPTER", help="an adapter's directory or models:/NAME@champion")
+    export.add_argument("--output", required=True, metavar="DIR")
+    export.add_argument("--form", choices=FORMS, help="default: the lightest that vLLM serves over its base")
+    export.add_argument(
+        "--copy", action="store_true", help="copy the base's files instead of linking to them"
+    )
+    export.add_argument("--no-check", action="store_true", help="don't load it to compare it with HF + PEFT")
+    export.set_defaults(run=_export)
 
     task = commands.add_parser("task", help="look at task files").add_subparsers(
         required=True, metavar="ACTION"
@@ -74,6 +90,20 @@ def _ask(line: argparse.Namespace) -> None:
     from delia.flow.ask import ask
 
     print(ask(line.adapter, line.text))
+
+
+def _export(line: argparse.Namespace) -> None:
+    from delia.flow.export import export_adapter
+
+    export = export_adapter(
+        line.adapter, line.output, form=line.form, copy=line.copy, is_checked=not line.no_check
+    )
+    print(f"form     {export.files.form}: {export.reason}")
+    print(f"model    {export.files.model or 'the base as it is'}")
+    print(f"adapter  {export.files.adapter or 'none, it is in the model'}")
+    gap = export.gap_nats
+    print(f"checked  {'no' if gap is None else f'{gap:.1e} nats from HF + PEFT'}")
+    print(f"serve    {export.command}")
 
 
 def _check_task(line: argparse.Namespace) -> None:

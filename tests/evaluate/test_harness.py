@@ -103,6 +103,41 @@ def test_the_bases_own_answer_is_the_target_where_there_is_none(reports, answer,
     assert list(reports["one"].scores["exact_match"][2:]) == own
 
 
+def test_each_model_has_an_engine_of_its_own_and_lora_only_where_a_request_brings_some(
+    chat, rows, answer, monkeypatch
+):
+    """Rows c to e have no reference: the base is asked for them whatever serves the labels."""
+    asked = []
+
+    def run_here(script, blocks, *, model, engine, **fields):
+        requests = [row for block in blocks for row in block.to_pylist()]
+        asked.append((model.path, engine.lora_rank, len(requests)))
+        scripted = ScriptedEngine(model, engine)
+        for block in blocks:
+            yield script(
+                block,
+                lambda batch: scripted.generate(batch, fields["sampling"], end_ids=fields["end_ids"]),
+            )
+
+    monkeypatch.setattr("delia.evaluate.harness.run_script", run_here)
+    merged, patched = (STARTER.model_copy(update={"path": name}) for name in ("merged", "patched"))
+    scored = evaluate(
+        {"merged": BASE, "patched": ADAPTER, "more": ADAPTER},
+        rows,
+        EvaluateConfig(max_tokens=MAX_TOKENS),
+        model=STARTER,
+        engine=ENGINE.model_copy(update={"lora_rank": 8}),
+        chat=chat,
+        metrics=("exact_match",),
+        models={"merged": merged, "patched": patched, "more": patched},
+    )
+    reports = dict(scored)
+    assert asked == [(STARTER.path, None, 3), ("merged", None, 5), ("patched", 8, 10)]
+    assert list(reports) == ["merged", "patched", "more"]
+    assert reports["patched"].token_ids == tuple(answer(row.prompt, ADAPTER) for row in rows)
+    assert reports["patched"].scores["exact_match"][:2] == (1.0, 0.0)
+
+
 def test_zeros_and_ones_get_wilsons_interval(reports):
     assert reports["one"].interval("follow", "exact_match") == wilson_interval(1, 2)
     assert reports["base"].interval("absent", "exact_match") == wilson_interval(2, 3)

@@ -233,6 +233,13 @@ def test_the_shipped_recipes_pass(recipe, tmp_path):
     open_job(recipe.model_copy(update={"output_dir": str(tmp_path)}))
 
 
+def test_a_job_over_a_quantised_base_is_refused_without_a_gpu(tmp_path):
+    recipe = starter_sep().model_copy(update={"output_dir": str(tmp_path)})
+    quantised = recipe.model.model_copy(update={"quantisation": "nf4"})
+    with pytest.raises(ConfigError, match=r"model\.quantisation=nf4 needs a GPU"):
+        open_job(recipe.model_copy(update={"model": quantised}))
+
+
 def test_a_job_is_refused_for_each_of_the_three(tmp_path):
     recipe = starter_sep().model_copy(update={"output_dir": str(tmp_path)})
     bad_metric = recipe.task.model_copy(update={"metrics": ("bleu",)})

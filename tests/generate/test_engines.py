@@ -23,11 +23,12 @@ from delia.generate.engine import (
     SamplingConfig,
     build_engine,
 )
-from delia.generate.vllm_engine import VLLM_RANKS, VllmEngine
+from delia.generate.vllm_engine import VllmEngine
 from delia.rng import derive_seed
 from delia.schema import Message
 from delia.starter.world import draw_held_out
 from delia.store.adapters import AdapterTensors, write_adapter
+from delia.store.forms import SERVED_RANKS
 from delia.store.models import ModelConfig, resolve_model
 
 STARTER = ModelConfig(path="package://delia.starter/weights")
@@ -338,8 +339,8 @@ def test_an_adapter_that_vllm_would_die_of_is_refused_and_the_engine_lives_on(
     before = vllm_engine.generate(requests[:2], GREEDY, end_ids=chat.end_ids)
     for name, entries, reason in (
         ("saved", {"modules_to_save": ["embed_tokens"]}, r"adapter with modules_to_save=\['embed_tokens'\]"),
-        ("rows", {"trainable_token_indices": [9]}, r"trainable_token_indices=\[9\].*or merge it"),
-        ("dora", {"use_dora": True}, "use_dora=True"),
+        ("rows", {"trainable_token_indices": [9]}, r"trainable_token_indices=\[9\].*embedding LoRA"),
+        ("dora", {"use_dora": True}, "vLLM has no DoRA.*--form merged"),
     ):
         bad = Request(
             request_id="bad",
@@ -369,7 +370,7 @@ def test_an_adapter_with_tensors_of_another_kind_is_refused_by_their_names(
 
 
 def test_a_rank_over_vllms_largest_is_refused_before_the_engine_starts():
-    config = EngineConfig(lora_rank=VLLM_RANKS[-1] + 1)
+    config = EngineConfig(lora_rank=SERVED_RANKS[-1] + 1)
 
     with pytest.raises(EngineError, match="LoRA rank 513 is over vLLM's largest, 512; merge"):
         VllmEngine(STARTER, config)

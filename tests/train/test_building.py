@@ -1,5 +1,6 @@
 """Ways to hold a model in memory: each trains what the plain way trains."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,10 @@ def test_every_architecture_is_sharded_by_its_layers(make_shape, shape, world_of
     model = build_model(TrainInput(model=ModelConfig(path=str(tmp_path)), config=config, rows=rows))
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     assert sharded == [model, *model.get_decoder().layers]
+
+
+@pytest.mark.system  # a minute of compiling
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_give_the_same_gradients(train_here, make_input):
+    plain = train_here(make_input(stages=STAGES))
+    assert_alike(train_here(make_input(stages=STAGES, compile=True)), plain, loss=1e-5, tensor=1e-5)

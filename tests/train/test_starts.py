@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from delia.model.logprobs import load_adapted
 from delia.model.lora import LoraConfig
@@ -39,9 +40,10 @@ def make_stages(make_input, **settings):
     return make_input(stages=stages, global_batch_size=24, **settings)
 
 
+@pytest.mark.parametrize("offload", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("start", STARTS)
-def test_the_adapter_over_the_unchanged_base_has_the_last_steps_loss(train_here, make_input, start):
-    task = make_stages(make_input, lora=STARTS[start])
+def test_the_adapter_over_the_unchanged_base_has_the_last_steps_loss(train_here, make_input, start, offload):
+    task = make_stages(make_input, lora=STARTS[start], offload=offload)
     run = train_here(task)
     assert run.losses[12] < run.losses[1] - 0.1
     assert measure_loss(load_adapted(task.model, run.adapter), task) == pytest.approx(
@@ -53,6 +55,7 @@ def test_shards_in_bfloat16_keep_the_start_and_the_magnitudes(train_here, make_i
     """One worker shards, too, to keep what is trained in float32."""
     task = make_stages(make_input, lora=STARTS["corda"])
     half = dataclasses.replace(task, model=task.model.model_copy(update={"dtype": "bfloat16"}))
+    assert isinstance(build_model(half), FSDPModule)
     run = train_here(half)
     assert run.losses[12] < run.losses[1] - 0.1
     assert measure_loss(load_adapted(task.model, run.adapter), task) == pytest.approx(

@@ -7,6 +7,8 @@ A row without a reference is scored against the base model's own answer to its `
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -112,40 +114,38 @@ def evaluate(
     engine: EngineConfig,
     chat: ChatEncoder,
     metrics: Sequence[str],
+    models: Mapping[str, ModelConfig] = MappingProxyType({}),
 ) -> Iterator[tuple[str, EvalReport]]:
-    """Score adapters on rows, all in one engine run; yield each as soon as its last row is answered.
+    """Score adapters on rows, in one engine run a model; yield each as soon as its last row is answered.
 
     Args:
-        adapters: Label -> address of an adapter directory; `BASE` for the base model.
+        adapters: Label -> address of an adapter directory; `BASE` for the model alone.
         rows: Rows of dev or test; their `suite` groups the scores.
         config: Lengths.
         model: The base model.
         engine: How it is served; its `lora_rank` must admit the adapters.
         chat: The chat format that the adapters were trained with.
         metrics: Names in `scoring.METRICS`.
+        models: Label -> the model that is served for it, where that is not the base.
 
     Yields:
         (label, report).
     """
     prompts = [tuple(chat.encode_prompt(row.prompt)) for row in rows]
-    requests = [
+    targets_of_base = [
         Request(request_id=f"{TARGET}:{index}", prompt_ids=tuple(chat.encode_prompt(row.base_messages)))
         for index, row in enumerate(rows)
         if row.reference is None
     ]
-    missing = {TARGET: len(requests), **dict.fromkeys(adapters, len(rows))}
-    requests += [
-        Request(request_id=f"{label}:{index}", prompt_ids=prompt, adapter=address)
-        for label, address in adapters.items()
-        for index, prompt in enumerate(prompts)
-    ]
-    tables = run_script(
-        answer_requests,
-        to_blocks(requests, engine.batch_size),
-        model=model,
-        engine=engine,
-        sampling=SamplingConfig(temperature=0.0, max_tokens=config.max_tokens),
-        end_ids=chat.end_ids,
+    missing = {TARGET: len(targets_of_base), **dict.fromkeys(adapters, len(rows))}
+    requests_by_model = {model: targets_of_base}
+    for label, address in adapters.items():
+        requests_by_model.setdefault(models.get(label, model), []).extend(
+            Request(request_id=f"{label}:{index}", prompt_ids=prompt, adapter=address)
+            for index, prompt in enumerate(prompts)
+        )
+    tables = chain.from_iterable(
+        _answer(requests, served, engine, config, chat) for served, requests in requests_by_model.items()
     )
     answered: dict[str, Completion] = {}
     waiting = dict.fromkeys(adapters)
@@ -159,6 +159,25 @@ def evaluate(
             targets = [_target(row, answered.get(f"{TARGET}:{i}"), chat) for i, row in enumerate(rows)]
             completions = [answered.pop(f"{label}:{i}") for i in range(len(rows))]
             yield label, _score(rows, targets, completions, chat, metrics)
+
+
+def _answer(
+    requests: Sequence[Request],
+    model: ModelConfig,
+    engine: EngineConfig,
+    config: EvaluateConfig,
+    chat: ChatEncoder,
+) -> Iterator[pa.Table]:
+    """Answer one model's requests; the engine takes LoRA only where one brings an adapter."""
+    takes_lora = any(request.adapter for request in requests)
+    return run_script(
+        answer_requests,
+        to_blocks(requests, engine.batch_size),
+        model=model,
+        engine=engine if takes_lora else engine.model_copy(update={"lora_rank": None}),
+        sampling=SamplingConfig(temperature=0.0, max_tokens=config.max_tokens),
+        end_ids=chat.end_ids,
+    )
 
 
 def _target(row: SeedTask, by_base: Completion | None, chat: ChatEncoder) -> str:

@@ -286,6 +286,7 @@ def _register(
         "delia.task_digest": space.task.digest,
         "delia.licence": space.task.licence,
         "delia.split": config.split,
+        "delia.form": verification.form,
         "delia.verified": f"{verification.num_equal}/{verification.num_prompts} equal greedy completions,"
         f" {verification.mean_gap_nats:.1e} nats a token apart in {verification.dtype}",
     }

@@ -30,7 +30,7 @@ def ask(adapter: str, text: str) -> str:
         ConfigError: A registry address that is none.
         StoreError: No finished adapter of this platform is there, or its base has another chat format now.
     """
-    directory = _locate(adapter)
+    directory = locate_adapter(adapter)
     found = read_adapter(str(directory.resolve()))
     model = ModelConfig.model_validate(read_manifest(found.path, kind="adapter").details["model"])
     path = str(resolve_model(model))
@@ -48,7 +48,13 @@ def ask(adapter: str, text: str) -> str:
     return "\n".join(lines)
 
 
-def _locate(adapter: str) -> Path:
+def locate_adapter(adapter: str) -> Path:
+    """Return the directory of an adapter, fetched where it lies elsewhere.
+
+    Raises:
+        ConfigError: A registry address that is none.
+        StoreError: Nothing is there.
+    """
     if adapter.startswith(REGISTRY_SCHEME):
         tracker = Tracker(TrackConfig(), default_store=str(Path(OUTPUT_DIR, "mlflow.db").resolve()))
         return fetch_adapter(tracker, adapter, Path(OUTPUT_DIR, "registry"))

@@ -1,16 +1,16 @@
 """Score adapters once and keep it: addresses x rows -> reports from storage or from one engine run."""
 
-import json
 from collections.abc import Callable, Mapping
 
 from delia.config import fingerprint
 from delia.evaluate.harness import EvalReport, EvaluateConfig, evaluate, report_from_table
+from delia.flow.serving import serve
 from delia.flow.trial import encode_rows
 from delia.flow.verify import measure_drift
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
 from delia.schema import SeedTask
-from delia.store.adapters import CONFIG, fetch_adapter
+from delia.store.adapters import fetch_adapter
 from delia.store.pools import Pool
 from delia.store.tables import Manifest, commit, is_finished, join, read_table, write_table
 from delia.track.registry import digest_directory
@@ -44,13 +44,6 @@ def eval_address(
     return space.address("evals", f"{identity}-{scope}")
 
 
-def read_rank(address: str) -> int:
-    """Return the LoRA rank that an engine must admit for an adapter; 1 for the base."""
-    if not address:
-        return 1
-    return int(json.loads((fetch_adapter(address) / CONFIG).read_text())["r"])
-
-
 def evaluate_adapters(
     config: EvaluateConfig,
     space: Workspace,
@@ -60,7 +53,7 @@ def evaluate_adapters(
     engine: EngineConfig,
     on_done: Callable[[str], None] = lambda label: None,
 ) -> dict[str, EvalReport]:
-    """Score each adapter on rows, those already scored from storage, the others in one engine run.
+    """Score each adapter on rows, those already scored from storage, the others in the form that vLLM serves.
 
     Args:
         config: Lengths.
@@ -76,15 +69,16 @@ def evaluate_adapters(
     }
     missing = {label: address for label, address in addresses.items() if not is_finished(places[label])}
     if missing:
-        rank = max(read_rank(address) for address in missing.values())
+        served = {label: serve(address, space) for label, address in missing.items()}
         scored = evaluate(
-            missing,
+            {label: found.adapter for label, found in served.items()},
             rows,
             config,
             model=space.model,
-            engine=engine.model_copy(update={"lora_rank": rank}),
+            engine=engine.model_copy(update={"lora_rank": max(found.rank for found in served.values())}),
             chat=space.chat,
             metrics=space.task.metrics,
+            models={label: found.model for label, found in served.items()},
         )
         for label, report in scored:  # kept one by one: a kill loses the unfinished ones alone
             _keep(

@@ -13,11 +13,13 @@ import torch
 
 from delia.errors import ExportError
 from delia.evaluate.harness import EvalReport
+from delia.flow.serving import choose_serving
 from delia.flow.workspace import Workspace
 from delia.model.loading import load_base
 from delia.model.logprobs import continue_greedily, load_adapted, mean_kl, score_sequences
 from delia.schema import SeedTask
-from delia.store.adapters import check_servable, fetch_adapter
+from delia.store.adapters import fetch_adapter
+from delia.store.forms import Form
 from delia.store.models import ModelConfig
 
 MIN_CHANGE_NATS = 1e-4
@@ -30,12 +32,14 @@ Sequences = Sequence[tuple[list[int], list[bool]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What held: prompts compared, completions that were equal, and distances in nats a token.
+    """What held: the form that vLLM serves, prompts compared, completions that were equal, and distances.
 
-    `mean_gap_nats` lies between vLLM and HF + PEFT on the ids that vLLM gave, `mean_base_gap_nats`
-    between vLLM and the base alone there, `mean_change_nats` between the adapter and its base.
+    Those are in nats a token: `mean_gap_nats` between vLLM and HF + PEFT on the ids that vLLM gave,
+    `mean_base_gap_nats` between vLLM and the base alone there, `mean_change_nats` between the adapter and
+    its base.
     """
 
+    form: Form
     num_prompts: int
     num_equal: int
     dtype: str
@@ -120,7 +124,7 @@ def _verify(
     end_ids: tuple[int, ...],
 ) -> Verification:
     directory = fetch_adapter(address)
-    check_servable(directory)
+    form = choose_serving(address, model).form
     adapted, base = load_adapted(model, directory), load_base(model)
     expected = continue_greedily(adapted, prompts, max_tokens=max_tokens, end_ids=end_ids)
     by_hf = [_append(prompt, (*ids, end_ids[0])) for prompt, ids in zip(prompts, expected, strict=True)]
@@ -131,6 +135,7 @@ def _verify(
     base_gaps = torch.cat(score_sequences(base, by_vllm)) - by_engine
     different = [(ours, ids) for ours, (ids, _) in zip(expected, served, strict=True) if ours != ids]
     return Verification(
+        form=form,
         num_prompts=len(prompts),
         num_equal=len(prompts) - len(different),
         dtype=str(adapted.dtype).removeprefix("torch."),

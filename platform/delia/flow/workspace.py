@@ -1,6 +1,6 @@
 """Where a job keeps its steps, and the Ray cluster that it runs on.
 
-    output_dir/ pools/FP  adapters/FP  evals/FP  checkpoints/FP  mlflow.db
+    output_dir/ pools/FP  adapters/FP  evals/FP  served/FP  checkpoints/FP  mlflow.db
 
 A step's directory is named by the fingerprint of everything that decides its content, so a finished
 step is found again by any job with the same settings, and changed settings never meet old data.

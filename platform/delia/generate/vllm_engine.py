@@ -28,11 +28,11 @@ from delia.generate.engine import (
     refuse_long,
 )
 from delia.store.adapters import check_servable, fetch_adapter
+from delia.store.forms import fit_rank
 from delia.store.models import ModelConfig, resolve_model
+from delia.store.serving import read_architecture
 
 logger = logging.getLogger(__name__)
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The LoRA ranks that vLLM 0.32 accepts as `max_lora_rank`."""
 
 
 def set_engine_environment(config: EngineConfig) -> None:
@@ -44,15 +44,6 @@ def set_engine_environment(config: EngineConfig) -> None:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.cpu_kv_cache_gib)
         # `auto` pins every replica of a machine to the same core
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-
-
-def _served_rank(rank: int) -> int:
-    allowed = [size for size in VLLM_RANKS if size >= rank]
-    if not allowed:
-        raise EngineError(
-            f"LoRA rank {rank} is over vLLM's largest, {VLLM_RANKS[-1]}; merge the adapter first"
-        )
-    return allowed[0]
 
 
 @lru_cache
@@ -80,6 +71,8 @@ class VllmEngine:
         set_engine_environment(config)
         import vllm
 
+        path = resolve_model(model)
+        self._architecture = read_architecture(path)
         self._adapter_ids: dict[str, int] = {}
         self._adapters_lock = threading.Lock()
         lora: dict[str, Any] = {}
@@ -87,14 +80,14 @@ class VllmEngine:
             lora = {
                 "enable_lora": True,
                 "max_loras": config.max_loras,
-                "max_lora_rank": _served_rank(config.lora_rank),
+                "max_lora_rank": fit_rank(config.lora_rank),
             }
         on_gpu = config.num_gpus_per_replica > 0
         self._max_model_len = config.max_model_len
         self._numbers = itertools.count()
         self._inbox: SimpleQueue[_Batch] = SimpleQueue()
         self._llm = vllm.LLM(
-            model=str(resolve_model(model)),
+            model=str(path),
             dtype=model.dtype,  # type: ignore[arg-type]  # checked by vLLM itself
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
@@ -185,7 +178,7 @@ class VllmEngine:
         with self._adapters_lock:  # two callers must not give one number to two adapters
             if address not in self._adapter_ids:
                 # an adapter that vLLM refuses kills the whole engine, so it is checked before
-                check_servable(fetch_adapter(address))
+                check_servable(fetch_adapter(address), self._architecture)
                 self._adapter_ids[address] = len(self._adapter_ids) + 1
             number = self._adapter_ids[address]
         return LoRARequest(f"adapter-{number}", number, str(Path(fetch_adapter(address))))

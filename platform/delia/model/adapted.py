@@ -66,7 +66,8 @@ class TokenRows(nn.Module):
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Embed ids; ids outside `token_ids` are embedded as the base does."""
         embedded_BTD: Tensor = self.embedding(ids_BT)
-        scale = getattr(self.embedding, "embed_scale", 1.0)  # Gemma scales its rows as it embeds them
+        # Gemma scales its rows as it embeds them; PEFT scales an embedding LoRA alike, so deltas are stored bare
+        scale = getattr(self.embedding, "embed_scale", 1.0)
         for index, token_id in enumerate(self.token_ids):
             is_token_BT1 = (ids_BT == token_id).unsqueeze(-1)
             embedded_BTD = embedded_BTD + is_token_BT1 * (self.deltas_KD[index] * scale).to(

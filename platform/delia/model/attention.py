@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 PACKED = "delia_packed"
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths change with each call, and each would be compiled anew
 def attend_segments(
     module: nn.Module,
     query_1HTE: Tensor,

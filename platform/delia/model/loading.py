@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from delia.errors import ConfigError
@@ -34,9 +35,21 @@ def load_base(config: ModelConfig, *, for_training: bool = False) -> PreTrainedM
         )
     except (ValueError, OSError) as error:
         raise ConfigError(f"can't load base model {config.path!r}: {error}") from error
+    if config.attention == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # transformers' sdpa leaves Gemma 2's cap of the scores out
     model.requires_grad_(False)
     model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            module.register_state_dict_post_hook(_keep_parameters)
     return model
+
+
+def _keep_parameters(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leave the scales of packed weights out of a state: torch's checkpoints look for a module's attributes."""
+    own = {prefix + name for name, _ in module.named_parameters()}
+    for name in [name for name in state if name.startswith(prefix) and name not in own]:
+        del state[name]
 
 
 def _quantise(quantisation: Quantisation, dtype: torch.dtype) -> dict[str, Any]:
@@ -70,8 +83,8 @@ def check_quantisation(
     """Refuse to train over a quantised base what can't be, from the settings alone.
 
     Raises:
-        ConfigError: No GPU, several workers or offloaded shards (packed weights are not sharded), or a start
-            that takes something out of the base's weight.
+        ConfigError: No GPU, several workers or offloaded shards (packed weights are not sharded), a start that
+            takes something out of the base's weight, or magnitudes over eight-bit weights.
     """
     if model.quantisation == "none":
         return
@@ -85,6 +98,11 @@ def check_quantisation(
         )
     if lora is not None and lora.init in MOVES_BASE:
         raise ConfigError(
-            f"{name} rounds the base's weight, train.lora.init={lora.init} takes its start out of that weight;"
+            f"{name} rounds the base's weight, and train.lora.init={lora.init} takes its start out of that weight;"
             " take init=default or eva, or quantisation=none"
+        )
+    if lora is not None and lora.use_dora and model.quantisation == "int8":
+        raise ConfigError(
+            f"{name} and train.lora.use_dora=true: bitsandbytes loses the scales of eight-bit weights when PEFT reads"
+            " their norms; take quantisation=nf4 or none"
         )

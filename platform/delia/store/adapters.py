@@ -9,24 +9,28 @@ each target's magnitude.
 """
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from delia.errors import EngineError, StoreError
-from delia.store.tables import MANIFEST, open_filesystem
+from delia.store.forms import EMBEDDING_LORA, AdapterTraits, choose_form
+from delia.store.tables import MANIFEST, fetch_directory
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-_fetched: dict[str, tempfile.TemporaryDirectory[str]] = {}
+LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight")
+EMBEDDING_ENDINGS = (".lora_embedding_A", ".lora_embedding_B")
+MAGNITUDE_ENDINGS = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+FOREIGN_SETTINGS = ("modules_to_save", "trainable_token_indices", "layer_replication", "fan_in_fan_out")
+"""What of PEFT this platform never writes, and neither serves nor merges."""
+BASE_CHANGING_INITS = ("pissa", "corda", "olora", "loftq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,37 +114,83 @@ def write_adapter(directory: Path, tensors: AdapterTensors, *, vocab_size: int, 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """Read the weights; safetensors only, nothing is unpickled."""
-    path = directory / WEIGHTS
-    if not path.is_file():
-        raise StoreError(f"{directory} has no {WEIGHTS}; a pickled adapter is not read")
-    with safe_open(str(path), framework="pt") as file:
+    with _open_weights(directory) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
 
 
-def check_servable(directory: Path) -> None:
-    """Refuse what would kill a vLLM engine: one bad adapter ends every later request there.
+def _open_weights(directory: Path) -> Any:
+    path = directory / WEIGHTS
+    if not path.is_file():
+        raise StoreError(f"{directory} has no {WEIGHTS}; a pickled adapter is not read")
+    return safe_open(str(path), framework="pt")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read an adapter's `adapter_config.json`.
 
     Raises:
-        EngineError: Naming what the engine can't load, and the form to use.
+        EngineError: There is none.
     """
     path = directory / CONFIG
     if not path.is_file():
         raise EngineError(f"{directory} has no {CONFIG}; give a PEFT adapter directory")
-    config = json.loads(path.read_text())
-    for name in ("modules_to_save", "trainable_token_indices", "use_dora", "layer_replication"):
+    config: dict[str, Any] = json.loads(path.read_text())
+    return config
+
+
+def read_traits(directory: Path) -> AdapterTraits:
+    """Return what decides in which form an adapter is served; no tensor is read.
+
+    Raises:
+        EngineError: It holds what no form serves; names it.
+    """
+    config = read_config(directory)
+    for name in FOREIGN_SETTINGS:
         if config.get(name):
             raise EngineError(
                 f"{directory}: vLLM can't load an adapter with {name}={config[name]!r};"
-                " export it with delia (rows as an embedding LoRA) or merge it into its base"
+                " export it with delia, which writes rows of tokens as an embedding LoRA"
             )
-    foreign = [
-        name
-        for name in read_tensors(directory)
-        if not name.endswith((".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"))
-    ]
-    if foreign:
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise EngineError(
-            f"{directory}: vLLM can't load the tensors {foreign[:3]}; only LoRA matrices are served"
+            f"{directory}: init_lora_weights={init!r} changes the base as the adapter is loaded;"
+            " export it with delia, as plain LoRA"
+        )
+    has_dora = bool(config.get("use_dora"))
+    with _open_weights(directory) as file:
+        names = list(file.keys())
+        endings = (*LORA_ENDINGS, *EMBEDDING_ENDINGS, *(MAGNITUDE_ENDINGS if has_dora else ()))
+        foreign = [name for name in names if not name.endswith(endings)]
+        if foreign:
+            raise EngineError(
+                f"{directory}: vLLM can't load the tensors {foreign[:3]}; only LoRA matrices are served"
+            )
+        ranks = [
+            file.get_slice(name).get_shape()[0]
+            for name in names
+            if name.endswith((LORA_ENDINGS[0], EMBEDDING_ENDINGS[0]))
+        ]
+    has_rows = any(name.endswith(EMBEDDING_ENDINGS) for name in names)
+    return AdapterTraits(rank=max(ranks, default=1), has_rows=has_rows, has_dora=has_dora)
+
+
+def check_servable(directory: Path, architecture: str | None = None) -> None:
+    """Refuse what would kill a vLLM engine: one bad adapter ends every later request there.
+
+    Args:
+        directory: The adapter.
+        architecture: Of the base that the engine has loaded; None where its class is not known.
+
+    Raises:
+        EngineError: Naming what the engine can't load, and the form to use.
+    """
+    traits = read_traits(directory)
+    needed = choose_form(architecture or next(iter(EMBEDDING_LORA)), traits)
+    if needed.form != "lora":
+        raise EngineError(
+            f"{directory}: can't be served by LoRARequest: {needed.reason}; export it with delia:"
+            f" delia export {directory} --form {needed.form} --output DIR"
         )
 
 
@@ -150,18 +200,7 @@ def fetch_adapter(address: str) -> Path:
     Raises:
         StoreError: Nothing is at the address, on this node.
     """
-    filesystem, path = open_filesystem(address)
-    if filesystem.get_file_info(path).type != pafs.FileType.Directory:
-        raise StoreError(
-            f"no adapter directory at {address!r} on this node; use storage that every node can read"
-        )
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        return Path(path)
-    if address not in _fetched:
-        folder = tempfile.TemporaryDirectory(prefix="delia-adapter-")
-        pafs.copy_files(path, folder.name, source_filesystem=filesystem)
-        _fetched[address] = folder
-    return Path(_fetched[address].name)
+    return fetch_directory(address, kind="adapter")
 
 
 def is_adapter(directory: Path) -> bool:

@@ -3,6 +3,7 @@
     package://delia.starter/weights     shipped inside an installed package
     /models/llama-3-8b                  a local path, the same on every node, or a mounted share
     org/name                            a hub id; `revision` is then required
+    s3://bucket/models/llama            a bucket; each process that loads it copies it first
 
 Addresses, not paths, travel between machines; each process resolves them for itself.
 """
@@ -13,7 +14,7 @@ from typing import Literal
 from delia.config import FrozenConfig
 from delia.errors import ConfigError
 from delia.rng import hash_text
-from delia.store.tables import PACKAGE_SCHEME, open_filesystem
+from delia.store.tables import PACKAGE_SCHEME, fetch_directory, open_filesystem
 
 Quantisation = Literal["none", "nf4", "int8"]
 
@@ -44,6 +45,8 @@ def resolve_model(config: ModelConfig) -> Path:
     """
     if config.path.startswith(PACKAGE_SCHEME):
         path = Path(open_filesystem(config.path)[1])
+    elif "://" in config.path:
+        path = fetch_directory(config.path, kind="model")
     else:
         path = Path(config.path).expanduser()
     if (path / "config.json").is_file():

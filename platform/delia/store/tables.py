@@ -10,6 +10,7 @@ beside its name and moved onto it, so a half-written one is never taken for a wh
 import importlib.resources
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ from delia.errors import StoreError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PACKAGE_SCHEME = "package://"
+_fetched: dict[str, tempfile.TemporaryDirectory[str]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +157,26 @@ def upload_directory(directory: Path, address: str) -> None:
     with _writing(address):
         filesystem.create_dir(path, recursive=True)
         pafs.copy_files(str(directory), path, destination_filesystem=filesystem)
+
+
+def fetch_directory(address: str, *, kind: str) -> Path:
+    """Return a local directory with an address's files; a remote one is copied once a process.
+
+    Raises:
+        StoreError: Nothing is at the address, on this node.
+    """
+    filesystem, path = open_filesystem(address)
+    if filesystem.get_file_info(path).type != pafs.FileType.Directory:
+        raise StoreError(
+            f"no {kind} directory at {address!r} on this node; use storage that every node can read"
+        )
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return Path(path)
+    if address not in _fetched:
+        folder = tempfile.TemporaryDirectory(prefix=f"delia-{kind}-")
+        pafs.copy_files(path, folder.name, source_filesystem=filesystem)
+        _fetched[address] = folder
+    return Path(_fetched[address].name)
 
 
 def write_table(address: str, table: pa.Table) -> None:

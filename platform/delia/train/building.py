@@ -64,6 +64,9 @@ def build_model(task: TrainInput) -> PreTrainedModel:
     head = read_head(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if config.compile:
+        for layer in find_layers(model):
+            layer.compile(dynamic=True)
     model.train()
     shard(model, config)
     prepare_loss(model, head)
@@ -77,7 +80,8 @@ def shard(model: PreTrainedModel, config: TrainConfig) -> None:
     which FSDP does even for one worker; one worker in float32 has nothing to gain from it, and the packed
     weights of a quantised base can't be sharded (PEFT's layers cast for themselves there).
     """
-    num_workers, dtype = dist.get_world_size(), model.dtype
+    # a model calls the dtype of its first parameter its own, and that may be a token row's float32
+    num_workers, dtype = dist.get_world_size(), cast(nn.Linear, model.get_output_embeddings()).weight.dtype
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

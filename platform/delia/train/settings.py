@@ -34,8 +34,9 @@ class TrainConfig(FrozenConfig):
 
     Parameters are sharded over all workers, or over groups of `shard_group` that hold a copy each (HSDP).
     `gradient_checkpointing` computes layers again in the backward pass, `offload` keeps shards in the host's
-    memory: both give time for memory. `max_loss_spike` and `max_norm_spike` end a training that goes wrong
-    (see `train.guards`).
+    memory: both give time for memory. `compile` lets torch.compile fuse what lies between matrix products;
+    its first steps take minutes, and it needs a compiler. `max_loss_spike` and `max_norm_spike` end a training
+    that goes wrong (see `train.guards`).
     """
 
     lora: LoraConfig | None = LoraConfig()
@@ -56,6 +57,7 @@ class TrainConfig(FrozenConfig):
     shard_group: int | None = Field(default=None, gt=0)
     gradient_checkpointing: bool = False
     offload: bool = False
+    compile: bool = False
     checkpoint_every: int = Field(default=100, gt=0)
     num_kept_checkpoints: int = Field(default=2, gt=0)
     log_every: int = Field(default=10, gt=0)
