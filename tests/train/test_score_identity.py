@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from score_identity import Answer, compute_gradients, estimate, sample
+from score_identity import Answer, estimate, sample
 
 from delia.train.building import build_model
 
@@ -44,22 +44,3 @@ def test_the_expected_gradient_of_foreign_answers_is_not(drawn):
     ]
     for part, found in estimate(model, [answer.row for answer in foreign]).items():
         assert found.z > 5, (part, found)
-
-
-def test_the_end_token_belongs_to_it(drawn):
-    """Ends alone pull towards ending; as sums add up, rows without their ends pull as much the other way.
-
-    Along one direction, the gradient of ends after the bare prompts, by the mean over rows and its error.
-    """
-    model, answers = drawn
-    prompts = sorted({answer.prompt_ids for answer in answers})
-    after_prompts = [((*ids, end), (False,) * len(ids) + (True,)) for ids in prompts[:10] for end in END_IDS]
-    direction_P = compute_gradients(model, after_prompts)["lora_B"].sum(0)
-    ended = [answer.prompt_ids + answer.ids for answer in answers if answer.ids[-1] in END_IDS]
-    only_ends = [(ids, (False,) * (len(ids) - 1) + (True,)) for ids in ended]
-    pulls = {}
-    for name, rows in {"ends": only_ends, "whole": [answer.row for answer in answers]}.items():
-        along_R = compute_gradients(model, rows)["lora_B"] @ direction_P
-        pulls[name] = float(along_R.mean() / (along_R.std() / len(rows) ** 0.5))
-    assert pulls["ends"] > 6
-    assert abs(pulls["whole"]) < 4
