@@ -33,7 +33,8 @@ def run(argv: list[str]) -> None:
     body = "\n\n".join(
         (
             f"`python jobs/reproduce.py {shlex.join(argv)}`: {when}, seeds {list(job.settings.seeds)}"
-            f" (means, then each seed); plain tuning that was best on dev: {result.tuned or 'not searched'}.",
+            " (means, then each seed)."
+            + "".join(f" {name}: {variant}." for name, variant in result.tuned.items()),
             format_arms(result, suites),
             "Paired differences over all seeds, 95 % bootstrap intervals clustered by wording:",
             format_differences(result, default_pairs(result), suites),

@@ -7,7 +7,7 @@ import pytest
 from delia.errors import ConfigError
 from delia.evaluate.harness import EvalReport
 from delia.flow import reproduction
-from delia.flow.reproduction import RECIPE, TUNED, ReproduceConfig, reproduce
+from delia.flow.reproduction import RECIPE, TUNED, TUNED_ON_TASK, ReproduceConfig, reproduce
 from delia.flow.trial import ArmConfig, plan_arm
 from delia.mix.mixture import MixConfig
 from delia.recipes.starter import reproduce_sep
@@ -103,18 +103,38 @@ def test_every_arm_is_trained_and_scored_under_every_seed(bench, config):
     assert seeds["delia/0"] == (0, 42)
     assert seeds["delia/3"] == (3, 45)
     assert bench.trained["delia/0"][1] != bench.trained["delia/3"][1], "the mixture is drawn by the seed"
-    assert result.tuned == ""
+    assert result.tuned == {}
 
 
 def test_the_best_plain_variant_is_chosen_on_dev_and_reported_on_test(bench, config):
     tuned = {"slow": make_arm(0.0, 0.25), "right": make_arm(0.0, 0.75), "fast": make_arm(0.0, 0.5)}
     result = reproduce(config.model_copy(update={"tuned": tuned}), say=lambda text: None)
-    assert result.tuned == "right"
+    assert result.tuned == {TUNED: "right", TUNED_ON_TASK: "right"}
     assert bench.trained[f"{TUNED}/3"][0].train.stages == tuned["right"].train.stages
     splits = bench.space.task.rows_by_split
     assert bench.scored_on == [splits["dev"][0].task_id, splits["test"][0].task_id]
     assert len(result.reports[TUNED]) == 2
     assert "slow" not in result.reports
+
+
+def test_who_measures_the_task_alone_may_choose_another_variant(bench, config, monkeypatch):
+    """One variant is right on half of the task's rows and on all others, the other the opposite."""
+
+    def score(settings, space, addresses, rows, *, engine, on_done=lambda label: None):
+        reports = bench.score(settings, space, addresses, rows, engine=engine)
+        own = {row.suite for row in space.task.rows_by_split["train"]}
+        assert own < {row.suite for row in rows} or rows[0] in space.task.rows_by_split["test"]
+        for label, report in reports.items():
+            on_task, elsewhere = (1.0, 0.0) if label.startswith("greedy") else (0.5, 1.0)
+            values = tuple(on_task if suite in own else elsewhere for suite in report.suites)
+            reports[label] = dataclasses.replace(report, scores={"exact_match": values})
+        return reports
+
+    monkeypatch.setattr(reproduction, "evaluate_adapters", score)
+    tuned = {"careful": make_arm(0.0, 0.25), "greedy": make_arm(0.0, 0.75)}
+    result = reproduce(config.model_copy(update={"tuned": tuned}), say=lambda text: None)
+    assert result.tuned == {TUNED: "careful", TUNED_ON_TASK: "greedy"}
+    assert bench.trained[f"{TUNED_ON_TASK}/0"][0].train.stages == tuned["greedy"].train.stages
 
 
 def test_the_controls_change_the_pool_or_the_wordings_and_nothing_else(bench, config):

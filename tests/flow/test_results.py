@@ -32,7 +32,7 @@ def make_result(**arms: list[tuple[float, float]]) -> Reproduction:
     return Reproduction(
         reports={name: tuple(make_report(*score) for score in scores) for name, scores in named.items()},
         drift={name: (0.25, 0.75) for name in named if name != "base"},
-        tuned="",
+        tuned={},
         metric="exact_match",
     )
 

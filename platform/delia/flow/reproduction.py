@@ -32,15 +32,18 @@ TEST: Split = "test"
 DEV: Split = "dev"
 RECIPE = "recipe"
 TUNED = "plain, best on dev"
+TUNED_ON_TASK = "plain, best on its task's dev"
 
 
 class ReproduceConfig(FrozenConfig):
     """A recipe, its arms and controls, and the seeds.
 
-    `tuned` are variants of plain tuning; the one that is best on dev is reported as `TUNED`. Controls
-    change the pool or the task of the arm `control_arm`: `foreign` is a recipe whose baseline `plain`,
-    tuned on another task, answers instead of the base; `narrow_word` is in every instruction of the
-    narrow pool; `num_few` prompts are repeated; `one_wording` gives all task rows one phrasing.
+    `tuned` are variants of plain tuning; the one that is best over all suites of dev is reported as `TUNED`, and
+    what those would choose who measure the task alone, best over the suites of the train rows, as
+    `TUNED_ON_TASK`; of equal ones the first. Controls change the pool or the task of the arm `control_arm`:
+    `foreign` is a recipe whose baseline `plain`, tuned on another task, answers instead of the base;
+    `narrow_word` is in every instruction of the narrow pool; `num_few` prompts are repeated; `one_wording`
+    gives all task rows one phrasing.
     """
 
     recipe: AdaptConfig
@@ -56,11 +59,14 @@ class ReproduceConfig(FrozenConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduction:
-    """Reports by arm, one a seed, and the drift of each; the base has one report."""
+    """Reports by arm, one a seed, and the drift of each; the base has one report.
+
+    `tuned` is the variant of plain tuning that each arm chosen on dev stands for.
+    """
 
     reports: Mapping[str, tuple[EvalReport, ...]]
     drift: Mapping[str, tuple[float, ...]]
-    tuned: str
+    tuned: Mapping[str, str]
     metric: str
 
     def difference(self, ours: str, theirs: str, suite: str) -> Interval:
@@ -89,9 +95,8 @@ def reproduce(config: ReproduceConfig, *, say: Say) -> Reproduction:
     plans = {name: _Plan(config=arm, pool=pool, space=space) for name, arm in named.items()}
     if pool is not None and config.control_arm in named:
         plans.update(_plan_controls(config, named[config.control_arm], space, pool, say))
-    tuned = _choose_on_dev(config, space, say) if config.tuned else ""
-    if tuned:
-        plans[TUNED] = _Plan(config=config.tuned[tuned], pool=None, space=space)
+    tuned = _choose_on_dev(config, space, say) if config.tuned else {}
+    plans |= {name: _Plan(config=config.tuned[tuned[name]], pool=None, space=space) for name in tuned}
     trained = _train(config, plans, config.seeds, say)
     rows = space.task.rows_by_split[TEST]
     say(f"evaluate: {len(trained) + 1} models x {len(rows)} test rows")
@@ -224,14 +229,23 @@ def _use_one_wording(space: Workspace) -> Workspace:
     return dataclasses.replace(space, task=task)
 
 
-def _choose_on_dev(config: ReproduceConfig, space: Workspace, say: Say) -> str:
-    """Return the variant of plain tuning with the best mean over all suites of dev, first seed."""
+def _choose_on_dev(config: ReproduceConfig, space: Workspace, say: Say) -> dict[str, str]:
+    """Return the best variant of plain tuning over all suites of dev, and over the task's own, first seed."""
     plans = {name: _Plan(config=arm, pool=None, space=space) for name, arm in config.tuned.items()}
     trained = _train(config, plans, config.seeds[:1], say)
     rows = space.task.rows_by_split[DEV]
     engine = config.recipe.engine
     reports = evaluate_adapters(config.recipe.evaluate, space, trained, rows, engine=engine)
-    means = {label: float(np.mean(report.scores[space.task.metrics[0]])) for label, report in reports.items()}
-    for label, mean in means.items():
-        say(f"dev: {label} {mean:.3f}")
-    return max(means, key=lambda label: means[label]).rpartition("/")[0]
+    metric, trained_suites = space.task.metrics[0], {row.suite for row in space.task.rows_by_split["train"]}
+    over_all, over_task = {}, {}
+    for label, report in reports.items():
+        name, scores = label.rpartition("/")[0], np.array(report.scores[metric])
+        over_all[name] = float(scores.mean())
+        over_task[name] = float(scores[[suite in trained_suites for suite in report.suites]].mean())
+        say(
+            f"dev: {name}: all suites {over_all[name]:.3f}, {', '.join(sorted(trained_suites))} {over_task[name]:.3f}"
+        )
+    return {
+        TUNED: max(over_all, key=lambda name: over_all[name]),
+        TUNED_ON_TASK: max(over_task, key=lambda name: over_task[name]),
+    }
