@@ -171,7 +171,7 @@ def reproduce_sep() -> ReproduceConfig:
         recipe=recipe,
         extra_arms={
             "plain, equal exposures": _plain_arm(equal_exposures, 5e-3),
-            "explicit KL": _hold_to_base(recipe.baselines["delia"], weight=1.0),
+            "delia, explicit KL": _hold_to_base(recipe.baselines["delia"], weight=1.0),
             **{
                 f"{name}, from the {words}": _start_at(recipe.baselines[name], start)
                 for words, start in starts.items()
