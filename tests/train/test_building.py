@@ -77,7 +77,7 @@ def test_every_architecture_is_sharded_by_its_layers(make_shape, shape, world_of
     assert sharded == [model, *model.get_decoder().layers]
 
 
-@pytest.mark.system  # a minute of compiling, by g++
+@pytest.mark.soak  # a minute of compiling, by g++
 def test_compiled_layers_give_the_same_gradients(train_here, make_input):
     plain = train_here(make_input(stages=STAGES))
     assert_alike(train_here(make_input(stages=STAGES, compile=True)), plain, loss=1e-5, tensor=1e-5)
