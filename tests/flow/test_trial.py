@@ -18,7 +18,7 @@ from delia.store.adapters import check_servable, is_adapter, read_tensors
 from delia.store.models import ModelConfig
 from delia.store.pools import Pool
 from delia.store.tables import Manifest, read_manifest
-from delia.train.settings import StageConfig, TrainConfig
+from delia.train.settings import HOW_ONLY, MetersConfig, StageConfig, TrainConfig
 
 STARTER = ModelConfig(path="package://delia.starter/weights")
 INSTRUCTION = "answer in one word"
@@ -93,8 +93,36 @@ def test_an_arm_is_named_by_all_that_decides_its_adapter(space, pool):
         plan_arm(make_arm(), replace(space, model_id="another model"), pool),
         plan_arm(make_arm(), replace(space, model=STARTER.model_copy(update={"dtype": "bfloat16"})), pool),
         plan_arm(make_arm(), replace(space, model=STARTER.model_copy(update={"attention": "eager"})), pool),
+        plan_arm(make_arm(), replace(space, model=STARTER.model_copy(update={"quantisation": "nf4"})), pool),
     ]
-    assert len({other.fingerprint for other in (arm, *others)}) == 9
+    assert len({other.fingerprint for other in (arm, *others)}) == 10
+
+
+def test_how_a_training_is_run_does_not_decide_what_it_is(space, pool):
+    """A run goes on with more workers, other memory settings and another log; every such setting is changed."""
+    changed = {
+        "max_tokens_per_micro_batch": 77,
+        "max_loss_spike": None,
+        "max_norm_spike": None,
+        "num_workers": 2,
+        "use_gpu": True,
+        "num_cpus_per_worker": 0.5,
+        "shard_group": 2,
+        "gradient_checkpointing": True,
+        "offload": True,
+        "compile": True,
+        "checkpoint_every": 7,
+        "num_kept_checkpoints": 5,
+        "log_every": 3,
+        "max_failures": 9,
+        "meters": MetersConfig(),
+    }
+    assert set(changed) == set(HOW_ONLY)
+    arm = make_arm()
+    other = arm.model_copy(update={"train": arm.train.model_copy(update=changed)})
+    assert plan_arm(other, space, pool).fingerprint == plan_arm(arm, space, pool).fingerprint
+    longer = arm.model_copy(update={"train": arm.train.model_copy(update={"max_length": 77})})
+    assert plan_arm(longer, space, pool).fingerprint != plan_arm(arm, space, pool).fingerprint
 
 
 def test_an_arm_without_a_pool_is_plain_tuning_and_asks_for_nothing_more(space, pool):

@@ -64,7 +64,7 @@ def plan_arm(config: ArmConfig, space: Workspace, pool: Pool | None) -> Arm:
         pool_root=pool.manifest.root if pool else EMPTY_POOL_ROOT,
         task_digest=space.task.digest,
     )
-    loaded = f"{space.model.dtype} {space.model.attention}"
+    loaded = f"{space.model.dtype} {space.model.attention} {space.model.quantisation}"
     scores = config.train.row_scores
     parts = [space.model_id, loaded, space.chat.template_hash, mixture.root]
     if scores is not None:  # a table is named by its address, which says nothing of what is in it
@@ -72,7 +72,7 @@ def plan_arm(config: ArmConfig, space: Workspace, pool: Pool | None) -> Arm:
             f"{row_id} {score!r}"
             for row_id, score in sorted(read_score_column(scores.path, scores.column).items())
         ]
-    name = fingerprint(config.train, *parts)
+    name = fingerprint(config.train.name_content(), *parts)
     return Arm(config=config, mixture=mixture, fingerprint=name, address=space.address("adapters", name))
 
 

@@ -10,6 +10,24 @@ from delia.model.adapted import Part, TokenInit
 from delia.model.lora import LoraConfig
 
 Schedule = Literal["constant", "linear", "cosine"]
+HOW_ONLY = (
+    "max_tokens_per_micro_batch",
+    "max_loss_spike",
+    "max_norm_spike",
+    "num_workers",
+    "use_gpu",
+    "num_cpus_per_worker",
+    "shard_group",
+    "gradient_checkpointing",
+    "offload",
+    "compile",
+    "checkpoint_every",
+    "num_kept_checkpoints",
+    "log_every",
+    "max_failures",
+    "meters",
+)
+"""Settings that say how a training is run and watched, not what is learnt; rounding and dropout's draws apart."""
 
 
 class StageConfig(FrozenConfig):
@@ -103,6 +121,14 @@ class TrainConfig(FrozenConfig):
     def max_steps(self) -> int:
         """Return the optimizer steps of all stages together."""
         return sum(stage.max_steps for stage in self.stages)
+
+    def name_content(self) -> "TrainConfig":
+        """Return what decides the adapter, all else at its default: trainings of equal content are one run.
+
+        So a run goes on where it stopped with more workers, other memory settings or another log.
+        """
+        fields = type(self).model_fields
+        return self.model_copy(update={name: fields[name].get_default() for name in HOW_ONLY})
 
     def locate(self, step: int) -> tuple[int, int]:
         """Return (stage index, step inside it) of a global step that starts at 0."""
