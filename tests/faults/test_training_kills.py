@@ -225,7 +225,7 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(make_driver, undistu
     assert after[0] > 20, "the second driver started at the first step"
 
 
-@pytest.mark.system
+@pytest.mark.soak
 def test_a_driver_that_is_asked_to_stop_leaves_a_checkpoint_of_that_very_step(make_driver, undisturbed):
     driver = make_driver(**SHORT)
     driver.reach(25)
