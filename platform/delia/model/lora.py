@@ -39,6 +39,8 @@ ALL_LINEAR = "all-linear"
 ADAPTER_NAME = "default"
 MOVES_BASE: frozenset[LoraInit] = frozenset({"pissa", "pissa_niter_16", "olora", "corda"})
 """The starts that are taken out of the base's weight."""
+READS_ROWS: frozenset[LoraInit] = frozenset({"corda", "eva"})
+"""The starts that read the task's rows."""
 MAX_ROWS = 256
 """Rows that are read at most; CorDA's authors found as many to do at a width of 4096."""
 EVA_BATCH_TOKENS = 2048

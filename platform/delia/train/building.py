@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -14,6 +15,7 @@ from delia.errors import TrainError
 from delia.model.adapted import attach, initialise_rows, part_of, takes_decay
 from delia.model.attention import use_packed_attention
 from delia.model.loading import load_base
+from delia.model.lora import READS_ROWS
 from delia.model.original import check_base_is_there
 from delia.model.stand_in import find_stand_in
 from delia.store.models import ModelConfig
@@ -46,11 +48,9 @@ def build_model(task: TrainInput) -> PreTrainedModel:
     device = "cuda" if config.use_gpu else "cpu"
     if model.device.type != device:
         cast(nn.Module, model).to(device)
-    is_task_R = task.rows.is_task_R
-    task_rows = [
-        (ids.tolist(), mask.tolist())
-        for ids, mask in (task.rows[row] for row in range(len(task.rows)) if is_task_R[row])
-    ]
+    reads_rows = config.token_init == "stand_in" or (config.lora and config.lora.init in READS_ROWS)
+    numbers = np.flatnonzero(task.rows.is_task_R).tolist() if reads_rows else []
+    task_rows = [(ids.tolist(), mask.tolist()) for ids, mask in (task.rows[row] for row in numbers)]
     stand_ins: list[int | None] = []
     if config.token_init == "stand_in":
         stand_ins = [find_stand_in(model, task_rows, token_id) for token_id in task.token_ids]

@@ -35,7 +35,7 @@ from delia.train.methods import PLAIN, StepMethods, build_methods
 from delia.train.packing import join_stream, pack_batch
 from delia.train.rows import TrainRows
 from delia.train.settings import scale_rate
-from delia.train.tally import StepTally
+from delia.train.tally import SourceLosses, StepTally
 
 ADAPTER_FOLDER = "adapter"
 
@@ -66,7 +66,8 @@ def train_worker(settings: Mapping[str, Any]) -> Outcome:
         packed = pack_batch(
             tally.batch, lengths, num_workers=num_workers, max_tokens=config.max_tokens_per_micro_batch
         )
-        how = methods.at(step, tally.by_source)
+        is_logged = (step + 1) % config.log_every == 0 or step + 1 == config.max_steps
+        how = methods.at(step, SourceLosses(task.rows) if is_logged else None)
         loss = accumulate_gradients(
             model,
             task.rows,
@@ -86,9 +87,9 @@ def train_worker(settings: Mapping[str, Any]) -> Outcome:
         optimizer.step()
         model.zero_grad(set_to_none=True)
         step += 1
-        if step % config.log_every == 0 or step == config.max_steps:
+        if how.by_source is not None:
             rate = optimizer.param_groups[0]["lr"]
-            line(tally.read(loss=loss, norm=norm, rate=rate, num_workers=num_workers), step)
+            line(tally.read(loss=loss, norm=norm, rate=rate) | how.by_source.read(num_workers), step)
         is_stopped = agree(line.asks_to_stop())
         if step % config.checkpoint_every == 0 or step == config.max_steps or is_stopped:
             report_checkpoint(model, optimizers, step, task, watch)

@@ -32,39 +32,12 @@ from delia.train.building import TrainInput
 from delia.train.divergence import HeldTokens
 from delia.train.neighbours import Neighbours
 from delia.train.packing import Stream, join_stream, pack_batch
-from delia.train.rows import TASK, TrainRows
+from delia.train.rows import TASK
 from delia.train.settings import MetersConfig
 from delia.train.weighting import weigh_equally
 
 Gradient = list[Tensor]
 """This worker's part of the gradient by each parameter that a stage moves, float32."""
-
-
-class SourceLosses:
-    """The losses of a step's trained tokens, added up by source; nearly free."""
-
-    def __init__(self, rows: TrainRows) -> None:
-        """Start with nothing."""
-        self._rows = rows
-        self._sums_S2 = torch.zeros((len(rows.sources), 2), dtype=torch.float64)
-
-    def add(self, stream: Stream, losses_N: Tensor) -> None:
-        """Enter a micro-batch: each trained token's loss in nats, before weights."""
-        source_B = torch.from_numpy(self._rows.source_R[np.array(stream.rows, np.int64)].astype(np.int64))
-        source_N = source_B[stream.row_N]
-        self._sums_S2 = self._sums_S2.to(losses_N.device)  # it stays there: no step waits for the GPU
-        entries_N2 = torch.stack((losses_N.detach(), torch.ones_like(losses_N)), 1).double()
-        self._sums_S2.index_add_(0, source_N.to(losses_N.device), entries_N2)
-
-    def read(self, num_workers: int) -> dict[str, float]:
-        """Return the mean over all workers' tokens of each source that had some; every worker must call it."""
-        if num_workers > 1:
-            dist.all_reduce(self._sums_S2)
-        return {
-            labelled("train/source_loss", source): total / count
-            for source, (total, count) in zip(self._rows.sources, self._sums_S2.tolist(), strict=True)
-            if count
-        }
 
 
 class Meters:

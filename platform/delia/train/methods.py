@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from delia.config import build_method
 from delia.errors import ConfigError
@@ -17,10 +16,10 @@ from delia.train.building import TrainInput
 from delia.train.corruption import InputCorruption, corrupt_stream
 from delia.train.divergence import HeldTokens
 from delia.train.freezing import ParameterMask, freeze
-from delia.train.meters import SourceLosses
 from delia.train.packing import Stream
 from delia.train.rows import TrainRows
 from delia.train.settings import TrainConfig
+from delia.train.tally import SourceLosses
 from delia.train.weighting import ScoredWeigher, TokenWeighter, weigh_equally
 
 
@@ -81,14 +80,8 @@ class TrainMethods:
         return (
             None
             if weight is None
-            else HeldTokens(is_held_N=~find_task_tokens(stream, self.rows), weight=weight)
+            else HeldTokens(is_held_N=~stream.look_up(self.rows.is_task_R), weight=weight)
         )
-
-
-def find_task_tokens(stream: Stream, rows: TrainRows) -> Tensor:
-    """Return which of a stream's trained tokens belong to rows of the task, bool [N]."""
-    is_task_B = torch.from_numpy(rows.is_task_R[np.array(stream.rows, dtype=np.int64)])
-    return is_task_B[stream.row_N]
 
 
 def build_methods(task: TrainInput, *, vocab_size: int) -> TrainMethods:

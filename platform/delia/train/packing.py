@@ -9,9 +9,11 @@ restart with each. So packed and unpacked gradients are equal, and no flop is sp
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from delia.train.rows import TrainRows
@@ -38,6 +40,10 @@ class Stream:
     places_N: Tensor
     labels_N: Tensor
     row_N: Tensor
+
+    def look_up(self, values_R: NDArray[Any]) -> Tensor:
+        """Return what the row of each trained token has in an array over all rows, [N]."""
+        return torch.from_numpy(values_R[np.array(self.rows, np.int64)])[self.row_N]
 
 
 def pack_batch(
