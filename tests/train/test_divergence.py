@@ -10,8 +10,10 @@ from delia.model.attention import use_packed_attention
 from delia.model.loading import load_base
 from delia.model.logprobs import load_adapted, mean_kl
 from delia.model.original import base_alone, check_base_is_there
+from delia.train import head as heads
 from delia.train.divergence import HeldTokens, sum_divergence
-from delia.train.objective import prepare_loss, read_head
+from delia.train.head import Head, HeadConfig, read_head
+from delia.train.objective import prepare_loss
 from delia.train.packing import join_stream
 from delia.train.rows import TASK, join_rows
 from delia.train.settings import StageConfig
@@ -22,7 +24,10 @@ TOKEN = 7
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 1.0), (1.5, 0.5)])
-def test_value_and_gradient_are_autograd_s_whatever_the_head_and_the_chunk(chunk, softcap, scale):
+def test_value_and_gradient_are_autograd_s_whatever_the_head_and_the_chunk(
+    monkeypatch, chunk, softcap, scale
+):
+    monkeypatch.setitem(heads.CHUNK_BYTES, "cpu", chunk * 8 * 11)
     generator = torch.Generator().manual_seed(0)
     hidden_ND, original_ND = (torch.randn((7, 5), generator=generator) for _ in range(2))
     weight_VD, bias_V = torch.randn((11, 5), generator=generator), torch.randn(11, generator=generator)
@@ -37,9 +42,8 @@ def test_value_and_gradient_are_autograd_s_whatever_the_head_and_the_chunk(chunk
     ).sum(-1)
     (expected,) = torch.autograd.grad(0.3 * expected_N.sum(), hidden_ND)
 
-    total, nats_N = sum_divergence(
-        hidden_ND, original_ND, weight_VD, bias_V, head=(softcap, scale), chunk_bytes=chunk * 8 * 11
-    )
+    head = Head(weight_VD=weight_VD, bias_V=bias_V, config=HeadConfig(softcap=softcap, scale=scale))
+    total, nats_N = sum_divergence(hidden_ND, original_ND, head)
     (gradient,) = torch.autograd.grad(0.3 * total, hidden_ND)
     torch.testing.assert_close(nats_N, expected_N.detach(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(total.detach(), nats_N.sum())

@@ -13,9 +13,10 @@ from delia.model.adapted import LoraConfig, attach
 from delia.model.attention import use_packed_attention
 from delia.model.loading import load_base
 from delia.train.building import TrainInput, build_optimizer, build_order
+from delia.train.head import HeadConfig, read_head
 from delia.train.launch import run_training
 from delia.train.loop import accumulate_gradients, clip_gradients
-from delia.train.objective import HeadConfig, prepare_loss, read_head
+from delia.train.objective import prepare_loss
 from delia.train.packing import pack_batch
 from delia.train.rows import TASK, TrainRows, join_rows
 from delia.train.settings import StageConfig, TrainConfig

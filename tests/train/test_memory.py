@@ -9,6 +9,7 @@ from delia.model.attention import use_packed_attention
 from delia.model.loading import load_base
 from delia.model.lora import LoraConfig
 from delia.store.models import ModelConfig, resolve_model
+from delia.train.head import read_head
 from delia.train.memory import (
     GIB,
     OVERHEAD_BYTES,
@@ -16,7 +17,7 @@ from delia.train.memory import (
     estimate_memory,
     read_device_bytes,
 )
-from delia.train.objective import prepare_loss, read_head
+from delia.train.objective import prepare_loss
 from delia.train.packing import join_stream
 from delia.train.rows import TASK, join_rows
 from delia.train.settings import StageConfig, TrainConfig

@@ -10,9 +10,10 @@ from torch.nn import functional
 from delia.errors import TrainError
 from delia.model.adapted import LoraConfig, attach
 from delia.model.attention import use_packed_attention
-from delia.train import objective
+from delia.train import head as heads
+from delia.train.head import Head, HeadConfig, read_head
 from delia.train.loop import accumulate_gradients
-from delia.train.objective import HeadConfig, prepare_loss, read_head
+from delia.train.objective import prepare_loss, sum_cross_entropy
 from delia.train.packing import Stream, join_stream
 from delia.train.rows import TASK, join_rows
 from delia.train.weighting import TrainedTokens, weigh_equally
@@ -55,7 +56,7 @@ def read_alone(model, rows) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("chunk", [3, 1000])
 def test_packed_gradients_are_those_of_each_row_alone(make_shape, monkeypatch, shape, chunk):
     """Float32, dropout 0, 1e-5 relative; the chunk is given in tokens."""
-    monkeypatch.setitem(objective.CHUNK_BYTES, "cpu", chunk * 4 * 96)
+    monkeypatch.setitem(heads.CHUNK_BYTES, "cpu", chunk * 4 * 96)
     rows = make_rows()
     model = attach(make_shape(shape), lora=LoraConfig(rank=4, alpha=8, dropout=0.0), token_ids=(TOKEN,))
     move(model)
@@ -87,7 +88,7 @@ def make_head(num_tokens: int = 7, *, softcap: float | None = None, scale: float
     return hidden_ND, weight_VD, bias_V, labels_N, logits_NV, HeadConfig(softcap=softcap, scale=scale)
 
 
-def run_chunks(hidden_ND, weight_VD, bias_V, labels_N, head, weigher=weigh_equally):
+def run_chunks(hidden_ND, weight_VD, bias_V, labels_N, config, weigher=weigh_equally):
     stream = Stream(
         rows=(4,),
         lengths=(8,),
@@ -97,7 +98,8 @@ def run_chunks(hidden_ND, weight_VD, bias_V, labels_N, head, weigher=weigh_equal
         labels_N=labels_N,
         row_N=torch.zeros(7, dtype=torch.long),
     )
-    return objective._ByChunks.apply(hidden_ND, weight_VD, bias_V, labels_N, stream, weigher, head)
+    head = Head(weight_VD=weight_VD, bias_V=bias_V, config=config)
+    return sum_cross_entropy(hidden_ND, head, stream, weigher)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
@@ -105,7 +107,7 @@ def run_chunks(hidden_ND, weight_VD, bias_V, labels_N, head, weigher=weigh_equal
 def test_loss_and_gradients_are_autograd_s_whatever_the_head_and_the_chunk(
     monkeypatch, chunk, softcap, scale
 ):
-    monkeypatch.setitem(objective.CHUNK_BYTES, "cpu", chunk * 4 * 11)
+    monkeypatch.setitem(heads.CHUNK_BYTES, "cpu", chunk * 4 * 11)
     hidden_ND, weight_VD, bias_V, labels_N, logits_NV, head = make_head(softcap=softcap, scale=scale)
     losses = functional.cross_entropy(logits_NV, labels_N, reduction="none")
     expected = torch.autograd.grad(losses.sum() * 0.3, (hidden_ND, weight_VD))
@@ -119,7 +121,7 @@ def test_loss_and_gradients_are_autograd_s_whatever_the_head_and_the_chunk(
 
 
 def test_weights_and_smoothing_are_torch_s_own(monkeypatch):
-    monkeypatch.setitem(objective.CHUNK_BYTES, "cpu", 2 * 4 * 11)
+    monkeypatch.setitem(heads.CHUNK_BYTES, "cpu", 2 * 4 * 11)
     hidden_ND, weight_VD, bias_V, labels_N, logits_NV, head = make_head(softcap=2.0)
     seen: list[tuple[int, ...]] = []
 
@@ -146,15 +148,8 @@ def test_a_very_unlikely_label_has_a_finite_loss_and_gradient():
     hidden_ND = torch.tensor([[300.0]], requires_grad=True)
     weight_VD = torch.tensor([[1.0], [-1.0]])
     stream = join_stream(join_rows([((0, 1), (False, True))], sources=[TASK]), [0])
-    total, _ = objective._ByChunks.apply(
-        hidden_ND,
-        weight_VD,
-        None,
-        stream.labels_N,
-        stream,
-        weigh_equally,
-        HeadConfig(softcap=None, scale=1.0),
-    )
+    head = Head(weight_VD=weight_VD, bias_V=None, config=HeadConfig(softcap=None, scale=1.0))
+    total, _ = sum_cross_entropy(hidden_ND, head, stream, weigh_equally)
     (gradient,) = torch.autograd.grad(total, hidden_ND)
     assert (float(total), float(gradient)) == (600.0, 2.0)
 

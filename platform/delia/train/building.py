@@ -19,7 +19,8 @@ from delia.model.lora import READS_ROWS
 from delia.model.original import check_base_is_there
 from delia.model.stand_in import find_stand_in
 from delia.store.models import ModelConfig
-from delia.train.objective import prepare_loss, read_head
+from delia.train.head import read_head
+from delia.train.objective import prepare_loss
 from delia.train.order import BatchOrder
 from delia.train.rows import TrainRows
 from delia.train.settings import StageConfig, TrainConfig

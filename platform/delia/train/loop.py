@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from ray.train import Checkpoint
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -33,6 +32,7 @@ from delia.train.memory import find_shortage
 from delia.train.meters import Meters
 from delia.train.methods import PLAIN, StepMethods, build_methods
 from delia.train.packing import join_stream, pack_batch
+from delia.train.passes import sync_gradients
 from delia.train.rows import TrainRows
 from delia.train.settings import scale_rate
 from delia.train.tally import SourceLosses, StepTally
@@ -110,8 +110,7 @@ def accumulate_gradients(
     """Add up the gradients of a global batch and return its loss in nats a trained token."""
     total = torch.zeros((), device=next(model.parameters()).device)
     for place, chosen in enumerate(micro_batches):
-        if isinstance(model, FSDPModule):  # workers' gradients are added up once a step
-            model.set_requires_gradient_sync(place == len(micro_batches) - 1)
+        sync_gradients(model, is_last=place == len(micro_batches) - 1)
         stream = methods.corrupt(join_stream(rows, chosen))
         loss, losses_N = cast(Any, model).compute_loss(stream, methods.weigher, methods.held(stream))
         if methods.by_source is not None:

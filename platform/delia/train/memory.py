@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from delia.model.lora import ALL_LINEAR, find_targets
 from delia.store.models import ModelConfig, Quantisation, resolve_model
 from delia.train.building import TrainInput
-from delia.train.objective import CHUNK_BYTES
+from delia.train.head import CHUNK_BYTES
 from delia.train.settings import TrainConfig
 
 GIB = 1 << 30

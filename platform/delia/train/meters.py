@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -32,6 +31,7 @@ from delia.train.building import TrainInput
 from delia.train.divergence import HeldTokens
 from delia.train.neighbours import Neighbours
 from delia.train.packing import Stream, join_stream, pack_batch
+from delia.train.passes import reshard, sync_gradients
 from delia.train.rows import TASK
 from delia.train.settings import MetersConfig
 from delia.train.weighting import weigh_equally
@@ -124,8 +124,7 @@ class Meters:
         num_trained = int(self._rows.num_trained_R[rows].sum())
         passes = self._pack(rows)
         for place, stream in enumerate(passes):
-            if isinstance(self._model, FSDPModule):
-                self._model.set_requires_gradient_sync(place == len(passes) - 1)
+            sync_gradients(self._model, is_last=place == len(passes) - 1)
             loss, _ = cast(Any, self._model).compute_loss(stream, weigh_equally)
             (loss / num_trained).backward()
         gradient = [
@@ -169,12 +168,6 @@ class Meters:
         dist.all_reduce(total)
         num_copies = num_workers // (self._config.shard_group or num_workers)
         return float(total) / num_copies
-
-
-def reshard(model: nn.Module) -> None:
-    """Free what a pass without a backward leaves gathered: a later pass would take it for the parameters."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
 
 
 def _choose(rows: NDArray[np.int64], config: MetersConfig, source: str) -> list[int]:

@@ -11,23 +11,21 @@ How often a word occurs is not known here; norms follow it loosely.
 """
 
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from delia.metrics import labelled
 from delia.model.adapted import TokenRows
 from delia.rng import derive_seed, make_random
 from delia.train.building import TrainInput, find_layers
+from delia.train.passes import add_pass, reshard, run_decoder
 from delia.train.settings import MetersConfig
 
-METHOD = "read_states"
 MAX_PREFIX = 64
 """Tokens before the word that are read at most."""
 PASS_TOKENS = 2048
@@ -113,9 +111,8 @@ class Neighbours:
             chosen = words[start : start + size]
             ids_T = torch.tensor([token for word in chosen for token in (*self.prefix, word)])
             positions_T = torch.arange(length).repeat(len(chosen))
-            parts.append(getattr(model, METHOD)(ids_T, positions_T, (length,) * len(chosen)))
-            if isinstance(model, FSDPModule):
-                model.reshard()  # as after every pass without a backward
+            parts.append(cast(Any, model).read_states(ids_T, positions_T, (length,) * len(chosen)))
+            reshard(model)
         return torch.cat(parts, 1).double().cpu().numpy()
 
 
@@ -138,30 +135,23 @@ def prepare_states(model: PreTrainedModel) -> None:
             module.register_forward_hook(keep) for module in (self.get_input_embeddings(), *find_layers(self))
         ]
         try:
-            self.get_decoder()(
-                input_ids=ids_T[None].to(device),
-                position_ids=positions_T[None].to(device),
-                use_cache=False,
-                segments=lengths,
-            )
+            run_decoder(self, ids_T, positions_T, lengths)
         finally:
             for handle in handles:
                 handle.remove()
         return torch.stack(found)
 
-    setattr(model, METHOD, MethodType(read_states, model))
-    register_fsdp_forward_method(cast(nn.Module, model), METHOD)
+    add_pass(model, read_states)
 
 
 def _measure_norms(model: PreTrainedModel, words: list[int]) -> dict[int, float]:
     """Return the norm of each word's input row, through the model, which may be sharded."""
     with torch.no_grad():
         lengths = (1,) * len(words)
-        states_LWD = getattr(model, METHOD)(
+        states_LWD = cast(Any, model).read_states(
             torch.tensor(words), torch.zeros(len(words), dtype=torch.long), lengths
         )
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    reshard(model)
     return dict(zip(words, states_LWD[0].norm(dim=-1).tolist(), strict=True))
 
 
