@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from delia.errors import ExportError
+from delia.errors import ExportError, StoreError
 from delia.evaluate.harness import BASE, EvalReport, EvaluateConfig, evaluate
 from delia.flow.evaluation import evaluate_adapters
+from delia.flow.export import export_adapter
 from delia.flow.serving import choose_serving
+from delia.flow.trial import ArmConfig, plan_arm, train_arms
 from delia.flow.verify import verify_export
 from delia.flow.workspace import Workspace, open_workspace
 from delia.generate.engine import EngineConfig
+from delia.mix.mixture import MixConfig
 from delia.schema import Message, SeedTask, Task
 from delia.store.models import ModelConfig
 from delia.store.serving import write_served
+from delia.train.settings import StageConfig, TrainConfig
 
 ENGINE = EngineConfig(kind="vllm", max_model_len=96, max_num_seqs=16)
 CONFIG = EvaluateConfig(max_tokens=12)
@@ -41,7 +45,7 @@ ROWS = tuple(
 
 
 def open_space(folder: Path, base: Path) -> Workspace:
-    rows = {"train": (), "dev": ROWS, "test": ()}
+    rows = {"train": ROWS, "dev": ROWS, "test": ()}
     task = Task(name="t", digest="d", rows_by_split=rows, tokens=("<sep>", "<other>"))
     return open_workspace(str(folder / "runs"), ModelConfig(path=str(base)), task)
 
@@ -86,6 +90,24 @@ def test_vllm_serves_what_peft_loads(cluster, tiny_base, tiny_adapter, tmp_path,
     report = evaluate_model(merged, space)
     assert report.token_ids == needed.token_ids
     assert verify(address, report, space).mean_gap_nats < 1e-5
+
+
+@pytest.mark.system
+def test_a_full_tuning_is_served_as_the_model_that_it_is(cluster, tiny_base, tmp_path):
+    """Over a tied base whose class in vLLM takes no LoRA on its embedding; the token's row is in the model."""
+    space = open_space(tmp_path, tiny_base("Qwen2"))
+    stage = StageConfig(max_steps=8, parts=("base", "token_rows"), learning_rate=1e-2, warmup_steps=0)
+    train = TrainConfig(lora=None, stages=(stage,), global_batch_size=4)
+    arm = plan_arm(ArmConfig(mix=MixConfig(diverse_ratio=0.0), train=train), space, None)
+    logs = {"full": lambda metrics, step: None}
+    address = train_arms({"full": arm}, space, None, logs=logs, max_concurrent=1)["full"].path
+    report = evaluate_adapters(CONFIG, space, {"a": address}, ROWS, engine=ENGINE)["a"]
+    result = verify(Path(address), report, space)
+    assert (result.form, result.num_equal) == ("whole", 4)
+    assert result.mean_gap_nats < 1e-5
+    assert result.mean_base_gap_nats > 0.1
+    with pytest.raises(StoreError, match="model of its own; there is nothing to export"):
+        export_adapter(address, str(tmp_path / "export"))
 
 
 @pytest.mark.system

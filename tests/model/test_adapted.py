@@ -90,7 +90,7 @@ def test_lora_and_the_deltas_alone_are_trained(save_model, parts):
     assert {name for name, part in trained.items() if part == "token_rows"} == (
         {"model.embed_tokens.deltas_KD"} if token_ids else set()
     )
-    assert None not in trained.values()
+    assert "base" not in trained.values()
 
 
 @every_shape
@@ -282,5 +282,7 @@ def test_lora_starts_from_the_seed_alone(save_model):
 
 
 def test_an_adapter_of_nothing_is_refused(save_model):
-    with pytest.raises(ConfigError, match=r"nothing to train: set train\.lora, or a task with a token"):
+    with pytest.raises(
+        ConfigError, match=r"nothing to train: set train\.lora, a task with a token, both, or"
+    ):
         attach(load_base(save_model()), lora=None)

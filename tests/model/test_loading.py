@@ -46,6 +46,7 @@ def test_one_worker_with_a_gpu_may_train_over_a_quantised_base(quantisation):
     [
         ({"use_gpu": False}, r"needs a GPU; set train\.use_gpu=true"),
         ({"num_workers": 2}, r"can't be sharded, got train\.num_workers=2 .*set num_workers=1"),
+        ({"trains_base": True}, r"a stage of train\.stages moves the base; train LoRA"),
         ({"offload": True}, r"can't be sharded, .*train\.offload=true"),
         ({"lora": LoraConfig(init="pissa")}, r"train\.lora\.init=pissa takes its start out of that weight"),
         ({"lora": LoraConfig(init="olora")}, r"take init=default or eva, or quantisation=none"),

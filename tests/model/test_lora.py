@@ -209,12 +209,12 @@ def test_all_workers_take_the_first_ones_start(build, monkeypatch):
 
 def test_magnitudes_are_trained_with_lora_and_do_not_decay(build):
     model = build(use_dora=True, token_ids=(7,))
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name in trained if part_of(name) == "token_rows"} == {"model.embed_tokens.deltas_KD"}
     lora = {name for name in trained if part_of(name) == "lora"}
     magnitudes = {name for name in lora if "magnitude" in name}
     assert (len(magnitudes), len(lora)) == (2 * 7, 2 * 7 * 3)
-    assert {name for name in trained if takes_decay(name)} == lora - magnitudes
+    assert {name for name, parameter in trained.items() if takes_decay(name, parameter)} == lora - magnitudes
 
 
 # ---- what is refused

@@ -15,12 +15,10 @@ from delia.store.adapters import (
     AdapterTensors,
     check_servable,
     fetch_adapter,
-    is_adapter,
     read_tensors,
     to_peft,
     write_adapter,
 )
-from delia.store.tables import Manifest, commit
 
 A_RI = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
 B_OR = torch.tensor([[7.0, 8.0]])
@@ -190,12 +188,3 @@ def test_an_adapter_that_is_not_on_this_node_is_an_error_with_the_way_out(tmp_pa
         StoreError, match=r"no adapter directory at .* on this node; use storage that every node"
     ):
         fetch_adapter(str(tmp_path / "gone"))
-
-
-def test_an_adapter_is_finished_when_its_manifest_is_there(tmp_path):
-    write_adapter(tmp_path, LORA, vocab_size=6, base_model="base")
-    assert not is_adapter(tmp_path)
-    commit(str(tmp_path), Manifest(kind="adapter", fingerprint="f", root="r", counts={}))
-    assert is_adapter(tmp_path)
-    (tmp_path / WEIGHTS).unlink()
-    assert not is_adapter(tmp_path)

@@ -1,8 +1,11 @@
 """A tiny Llama, rows to train on, Ray Train for real, and its part played in this process."""
 
 import json
+import pickle
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +44,16 @@ class Run:
     adapter: Path | None = None
     outcome: Outcome | None = None
 
+    def enter(self, metrics: dict[str, float], step: int) -> None:
+        """Take a line of a worker's log."""
+        if "train/meter_seconds" in metrics:
+            self.readings[step] = metrics
+            return
+        assert step not in self.losses, f"step {step} was logged twice"
+        self.losses[step] = metrics["train/loss"]
+        names = (name for name in metrics if name.startswith("train/source_loss/"))
+        self.by_source[step] = {name.rpartition("/")[2]: metrics[name] for name in names}
+
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors by name."""
@@ -56,13 +69,7 @@ class LocalLine:
     stop_after: int | None
 
     def __call__(self, metrics: dict[str, float], step: int) -> None:
-        if "train/meter_seconds" in metrics:
-            self.run.readings[step] = metrics
-            return
-        assert step not in self.run.losses, f"step {step} was logged twice"
-        self.run.losses[step] = metrics["train/loss"]
-        names = (name for name in metrics if name.startswith("train/source_loss/"))
-        self.run.by_source[step] = {name.rpartition("/")[2]: metrics[name] for name in names}
+        self.run.enter(metrics, step)
 
     def asks_to_stop(self) -> bool:
         return max(self.run.losses, default=0) == self.stop_after
@@ -134,6 +141,23 @@ def make_input(tiny_llama) -> MakeInput:
 
 
 @pytest.fixture(scope="session")
+def measure_loss() -> Callable[[Any, TrainInput], float]:
+    """Return a function of a model: its loss in nats a trained token over all rows, by HF's own forward pass."""
+
+    def measure(model: Any, task: TrainInput) -> float:
+        nats, count = 0.0, 0
+        for row in range(len(task.rows)):
+            ids, mask = (torch.tensor(part.tolist()) for part in task.rows[row])
+            with torch.no_grad():
+                logprobs_TV = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+            losses_T = -logprobs_TV.gather(1, ids[1:, None])[:, 0]
+            nats, count = nats + float(losses_T[mask[1:]].sum()), count + int(mask[1:].sum())
+        return nats / count
+
+    return measure
+
+
+@pytest.fixture(scope="session")
 def world_of_one(tmp_path_factory) -> Iterator[None]:
     """A gloo group of this process alone."""
     file = tmp_path_factory.mktemp("gloo") / "store"
@@ -175,6 +199,37 @@ def train_here(monkeypatch, tmp_path_factory, world_of_one) -> Callable[..., Run
         return run
 
     return train
+
+
+@pytest.fixture(scope="session")
+def train_together(tmp_path_factory) -> Iterator[Callable[[TrainInput], Run]]:
+    """Return a function that runs a task's workers in processes on gloo, without Ray; they stay for the next."""
+    workers: list[subprocess.Popen[str]] = []
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def train(task: TrainInput) -> Run:
+        folder, num_workers = tmp_path_factory.mktemp("together"), task.config.num_workers
+        (folder / "task.pickle").write_bytes(pickle.dumps(task))
+        workers.extend(start() for _ in range(num_workers - len(workers)))
+        order = {"task": str(folder / "task.pickle"), "num_workers": num_workers, "folder": str(folder)}
+        for rank, worker in enumerate(workers[:num_workers]):
+            worker.stdin.write(json.dumps(order | {"rank": rank}) + "\n")
+            worker.stdin.flush()
+        answers = [worker.stdout.readline() for worker in workers[:num_workers]]
+        assert answers == ["done\n"] * num_workers, "a worker failed: its error is above"
+        run = Run(adapter=folder / str(task.config.max_steps) / ADAPTER_FOLDER)
+        for step, metrics in json.loads((folder / "lines.json").read_text()):
+            run.enter(metrics, step)
+        run.checkpoints = {int(place.name): place for place in folder.iterdir() if place.name.isdecimal()}
+        return run
+
+    yield train
+    for worker in workers:
+        worker.kill()
+        worker.wait()
 
 
 @pytest.fixture(scope="session")

@@ -57,9 +57,9 @@ def test_a_bfloat16_run_goes_on_bit_for_bit(train_here, make_input):
     assert all(torch.equal(value, whole.tensors[name]) for name, value in rest.tensors.items())
 
 
-def test_copies_of_the_model_train_what_one_sharded_model_does(train_on_ray, run_of_two, make_input):
+def test_copies_of_the_model_train_what_one_sharded_model_does(train_together, run_of_two, make_input):
     """HSDP with a group of one: two whole copies, whose gradients are averaged."""
-    copies = train_on_ray(make_input(num_workers=2, shard_group=1))
+    copies = train_together(make_input(num_workers=2, shard_group=1))
     assert_alike(copies, run_of_two, loss=1e-5, tensor=1e-4)
 
 

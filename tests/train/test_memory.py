@@ -70,18 +70,31 @@ def test_each_way_out_needs_less():
     assert (away.trained, away.parameters < eight.parameters) == (0, True)
 
 
+def test_all_parameters_need_sixteen_bytes_each_and_nothing_frozen_beside_them():
+    stages = (StageConfig(max_steps=1, parts=("base",)),)
+    config = make_config(lora=None, stages=stages, num_workers=8, use_gpu=True)
+    estimate = estimate_memory(LLAMA_8B, config, dtype="bfloat16")
+    num_parameters = (
+        2 * 128256 * 4096 + 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096) + 4096
+    )
+    assert estimate.trained == 16 * num_parameters // 8
+    assert estimate.loading == 4 * num_parameters
+    lora = estimate_memory(LLAMA_8B, make_config(num_workers=8, use_gpu=True), dtype="bfloat16")
+    assert lora.parameters - estimate.parameters == 2 * num_parameters // 8
+
+
 def test_a_micro_batch_is_never_thought_larger_than_a_batch_nor_smaller_than_a_row():
     small = estimate_memory(LLAMA_8B, make_config(global_batch_size=2, max_length=256), dtype="bfloat16")
     long = make_config(max_tokens_per_micro_batch=64, max_length=256)
     assert small.kept == 2 * estimate_memory(LLAMA_8B, long, dtype="bfloat16").kept
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("dropout", [0.0, 0.05, None], ids=["no dropout", "dropout", "all parameters"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_kept_is_what_autograd_keeps_on_the_starter(dtype, dropout):
-    lora = LoraConfig(rank=16, alpha=16, dropout=dropout)
+    lora = None if dropout is None else LoraConfig(rank=16, alpha=16, dropout=dropout)
     base = STARTER.model_copy(update={"dtype": dtype})
-    model = attach(load_base(base), lora=lora)
+    model = attach(load_base(base), lora=lora, trains_base=lora is None)
     use_packed_attention(model)
     for parameter in model.parameters():  # as FSDP casts them
         parameter.data = parameter.data.to(model.dtype)
@@ -103,7 +116,9 @@ def test_what_is_kept_is_what_autograd_keeps_on_the_starter(dtype, dropout):
         model.compute_loss(join_stream(rows, range(4)), weigh_equally)
     measured = sum(storage.nbytes() for storage in kept.values())
 
-    config = make_config(lora=lora, max_length=128, global_batch_size=4)
+    parts = ("base",) if lora is None else ("lora",)
+    stages = (StageConfig(max_steps=1, parts=parts),)
+    config = make_config(lora=lora, stages=stages, max_length=128, global_batch_size=4)
     form = AutoConfig.from_pretrained(resolve_model(base))
     ratio = estimate_memory(form, config, dtype=dtype).kept / measured
     assert 0.9 < ratio < 1.15

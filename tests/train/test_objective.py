@@ -75,12 +75,31 @@ def test_packed_gradients_are_those_of_each_row_alone(make_shape, monkeypatch, s
         assert (gradients[parameter] - gradient).norm() <= 1e-5 * gradient.norm(), parameter
 
 
+def test_full_tuning_s_packed_gradients_are_those_of_each_row_alone(make_shape, shape):
+    """Of every parameter, a tied embedding's too, whose gradient comes from both its ends."""
+    rows = make_rows()
+    model = attach(make_shape(shape), lora=None, token_ids=(TOKEN,), trains_base=True)
+    move(model)
+    expected_loss, expected = read_alone(model, rows)
+
+    use_packed_attention(model)
+    prepare_loss(model, read_head(model))
+    model.zero_grad()
+    num_trained = int(rows.num_trained_R.sum())
+    loss = accumulate_gradients(model, rows, [[0, 3], [1, 2, 4]], num_trained=num_trained, num_workers=1)
+    assert loss == pytest.approx(float(expected_loss.detach()), rel=1e-5)
+    parameters = dict(model.named_parameters())
+    assert expected.keys() == parameters.keys()
+    for name, gradient in expected.items():
+        assert (parameters[name].grad - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 def make_head(num_tokens: int = 7, *, softcap: float | None = None, scale: float = 1.0):
     """Return hidden states that lie in a row of their own each, a head, and labels."""
     generator = torch.Generator().manual_seed(1)
     hidden_ND = torch.randn((num_tokens, 5), generator=generator).requires_grad_()
     weight_VD = torch.randn((11, 5), generator=generator).requires_grad_()
-    bias_V = torch.randn(11, generator=generator)
+    bias_V = torch.randn(11, generator=generator).requires_grad_()
     labels_N = torch.randint(0, 11, (num_tokens,), generator=generator)
     logits_NV = (hidden_ND @ weight_VD.T + bias_V) * scale
     if softcap is not None:
@@ -110,10 +129,10 @@ def test_loss_and_gradients_are_autograd_s_whatever_the_head_and_the_chunk(
     monkeypatch.setitem(heads.CHUNK_BYTES, "cpu", chunk * 4 * 11)
     hidden_ND, weight_VD, bias_V, labels_N, logits_NV, head = make_head(softcap=softcap, scale=scale)
     losses = functional.cross_entropy(logits_NV, labels_N, reduction="none")
-    expected = torch.autograd.grad(losses.sum() * 0.3, (hidden_ND, weight_VD))
+    expected = torch.autograd.grad(losses.sum() * 0.3, (hidden_ND, weight_VD, bias_V))
 
     total, losses_N = run_chunks(hidden_ND, weight_VD, bias_V, labels_N, head)
-    gradients = torch.autograd.grad(total * 0.3, (hidden_ND, weight_VD))
+    gradients = torch.autograd.grad(total * 0.3, (hidden_ND, weight_VD, bias_V))
     torch.testing.assert_close(losses_N, losses.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(total, losses.sum().detach(), rtol=1e-5, atol=0)
     for gradient, by_autograd in zip(gradients, expected, strict=True):

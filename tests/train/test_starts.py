@@ -19,18 +19,6 @@ STARTS = {
 }
 
 
-def measure_loss(model, task) -> float:
-    """Return the loss in nats a trained token over all rows, by HF's own forward pass."""
-    nats, count = 0.0, 0
-    for row in range(len(task.rows)):
-        ids, mask = (torch.tensor(part.tolist()) for part in task.rows[row])
-        with torch.no_grad():
-            logprobs_TV = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
-        losses_T = -logprobs_TV.gather(1, ids[1:, None])[:, 0]
-        nats, count = nats + float(losses_T[mask[1:]].sum()), count + int(mask[1:].sum())
-    return nats / count
-
-
 def make_stages(make_input, **settings):
     """Return a task of whole batches whose last step moves almost nothing: its loss is the adapter's."""
     stages = (
@@ -42,7 +30,9 @@ def make_stages(make_input, **settings):
 
 @pytest.mark.parametrize("offload", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("start", STARTS)
-def test_the_adapter_over_the_unchanged_base_has_the_last_steps_loss(train_here, make_input, start, offload):
+def test_the_adapter_over_the_unchanged_base_has_the_last_steps_loss(
+    measure_loss, train_here, make_input, start, offload
+):
     task = make_stages(make_input, lora=STARTS[start], offload=offload)
     run = train_here(task)
     assert run.losses[12] < run.losses[1] - 0.1
@@ -51,7 +41,7 @@ def test_the_adapter_over_the_unchanged_base_has_the_last_steps_loss(train_here,
     )
 
 
-def test_shards_in_bfloat16_keep_the_start_and_the_magnitudes(train_here, make_input):
+def test_shards_in_bfloat16_keep_the_start_and_the_magnitudes(measure_loss, train_here, make_input):
     """One worker shards, too, to keep what is trained in float32."""
     task = make_stages(make_input, lora=STARTS["corda"])
     half = dataclasses.replace(task, model=task.model.model_copy(update={"dtype": "bfloat16"}))
@@ -72,10 +62,10 @@ def test_a_resumed_run_has_the_same_start_again(train_here, make_input, start):
     assert [name for name, value in whole.tensors.items() if not torch.equal(value, rest.tensors[name])] == []
 
 
-def test_two_workers_start_and_end_as_one_does(train_on_ray, train_here, make_input):
+def test_two_workers_start_and_end_as_one_does(measure_loss, train_together, train_here, make_input):
     lora = STARTS["pissa"].model_copy(update={"use_dora": True})
     task = make_stages(make_input, lora=lora, num_workers=2)
-    two, one = train_on_ray(task), train_here(make_stages(make_input, lora=lora))
+    two, one = train_together(task), train_here(make_stages(make_input, lora=lora))
     assert list(two.losses.values()) == pytest.approx(list(one.losses.values()), rel=1e-4)
     assert measure_loss(load_adapted(task.model, two.adapter), task) == pytest.approx(
         two.losses[12], rel=1e-5

@@ -1,19 +1,11 @@
 """Research methods inside the loop: what they do to a run, and that resuming and workers change nothing."""
 
-import json
-import os
-import pickle
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from delia.config import MethodConfig
 from delia.errors import ConfigError
 from delia.methods.parameter_mask.hft import HFT
-from delia.store.adapters import read_tensors
 from delia.train.methods import build_methods
 from delia.train.rows import TASK
 from delia.train.settings import MetersConfig, RowScoresConfig, StageConfig
@@ -87,36 +79,24 @@ def test_micro_batches_and_packing_change_no_method(train_here, make_input):
     assert list(runs[0].losses.values()) == pytest.approx(list(runs[1].losses.values()), rel=1e-4)
 
 
-def test_two_workers_with_every_method_and_the_meters_do_what_one_does(train_here, make_input, tmp_path):
+def test_two_workers_with_every_method_and_the_meters_do_what_one_does(
+    train_here, train_together, make_input
+):
     settings = {"stages": make_stage(6), "meters": MetersConfig(every=3, num_rows=4), **ALL}
     one = train_here(make_input(**settings))
-    (tmp_path / "task.pickle").write_bytes(pickle.dumps(make_input(num_workers=2, **settings)))
-    worker = Path(__file__).with_name("worker.py")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(tmp_path / "task.pickle"), str(rank), "2", str(tmp_path)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=600) for process in workers] == [0, 0]
+    two = train_together(make_input(num_workers=2, **settings))
 
-    lines = json.loads((tmp_path / "lines.json").read_text())
-    losses = {step: metrics for step, metrics in lines if "train/loss" in metrics}
-    assert [metrics["train/loss"] for metrics in losses.values()] == pytest.approx(
-        list(one.losses.values()), rel=1e-5
-    )
+    assert list(two.losses.values()) == pytest.approx(list(one.losses.values()), rel=1e-5)
     for step, by_source in one.by_source.items():
         assert by_source.keys() == {TASK, "diverse"}
         for source, loss in by_source.items():
-            assert losses[step][f"train/source_loss/{source}"] == pytest.approx(loss, rel=1e-4)
-    readings = {step: metrics for step, metrics in lines if "train/meter_seconds" in metrics}
-    assert list(readings) == list(one.readings) == [0, 3]
+            assert two.by_source[step][source] == pytest.approx(loss, rel=1e-4)
+    assert list(two.readings) == list(one.readings) == [0, 3]
     for step, expected in one.readings.items():
-        assert readings[step].keys() == expected.keys()
+        assert two.readings[step].keys() == expected.keys()
         for name in (name for name in expected if "meter" not in name):
-            assert readings[step][name] == pytest.approx(expected[name], rel=2e-3, abs=1e-5), (step, name)
-    for name, value in read_tensors(tmp_path / "adapter").items():
+            assert two.readings[step][name] == pytest.approx(expected[name], rel=2e-3, abs=1e-5), (step, name)
+    for name, value in two.tensors.items():
         torch.testing.assert_close(value, one.tensors[name], atol=1e-4, rtol=0)
 
 

@@ -20,7 +20,7 @@ from delia.model.logprobs import load_adapted, score_sequences
 from delia.rng import make_random
 from delia.store.adapters import read_traits
 from delia.store.forms import Form, fit_rank
-from delia.store.models import ModelConfig, resolve_model
+from delia.store.models import ModelConfig, place_model, resolve_model
 from delia.store.serving import ServedFiles, write_served
 from delia.store.tables import is_finished, read_manifest
 
@@ -82,7 +82,7 @@ def compare(model: ModelConfig, adapter: Path, files: ServedFiles, token_ids: tu
     with cast(Any, adapted).disable_adapter():
         of_base = torch.cat(score_sequences(adapted, probes))
     del adapted  # both at once would need twice the memory
-    served = model.model_copy(update={"path": str(files.model), "revision": None}) if files.model else model
+    served = place_model(model, str(files.model)) if files.model else model
     exported = load_adapted(served, files.adapter) if files.adapter else load_base(served)
     found = torch.cat(score_sequences(exported, probes))
     gap, base_gap = (float((found - other).abs().mean()) for other in (expected, of_base))

@@ -97,6 +97,7 @@ def check_rows(
         check_quantisation(
             space.model,
             train.lora,
+            trains_base=train.trains_base,
             num_workers=train.num_workers,
             use_gpu=train.use_gpu,
             offload=train.offload,

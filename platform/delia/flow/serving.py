@@ -1,6 +1,7 @@
 """An adapter as the engines of a job are asked for it; what they can't load as it is, is materialised.
 
-    adapter --choose_form--> the base and the adapter, or output_dir/served/FP and its LoRA part or none
+    adapter --choose_form--> the base and the adapter, or output_dir/served/FP and its LoRA part or none,
+                             or, after full tuning, the directory itself
 
 A served directory is named by its content, so it is made once a workspace; its links to the base's
 files hold where the base lies in one place on every node.
@@ -15,7 +16,7 @@ import ray
 from delia.flow.workspace import Workspace
 from delia.store.adapters import fetch_adapter, read_traits
 from delia.store.forms import Form, ServingForm, choose_form
-from delia.store.models import ModelConfig, resolve_model
+from delia.store.models import ModelConfig, place_model, resolve_model
 from delia.store.serving import KIND, identify_served, read_architecture, write_served
 from delia.store.tables import MANIFEST, is_finished, join, read_manifest, upload_directory, write_bytes
 
@@ -46,6 +47,8 @@ def serve(address: str, space: Workspace) -> Served:
     rank = read_traits(fetch_adapter(address)).rank
     if needed.form == "lora":
         return Served(model=space.model, adapter=address, rank=rank)
+    if needed.form == "whole":
+        return Served(model=place_model(space.model, address))
     name = identify_served(
         needed.form, resolve_model(space.model), fetch_adapter(address), dtype=space.model.dtype
     )
@@ -54,7 +57,7 @@ def serve(address: str, space: Workspace) -> Served:
         ray.get(_materialise.remote(needed.form, space.model, address, place))
     places = read_manifest(place, kind=KIND).details["places"]
     return Served(
-        model=space.model.model_copy(update={"path": join(place, places["model"]), "revision": None}),
+        model=place_model(space.model, join(place, places["model"])),
         adapter=join(place, places["adapter"]) if places["adapter"] else "",
         rank=rank,
     )

@@ -17,7 +17,7 @@ from delia.errors import ConfigError
 from delia.model.lora import LoraConfig, inject_lora
 from delia.store.adapters import AdapterTensors
 
-Part = Literal["lora", "token_rows"]
+Part = Literal["lora", "token_rows", "base"]
 TokenInit = Literal["reserved_row", "mean_vocabulary", "mean_instruction", "stand_in"]
 MATRICES = (".lora_A.", ".lora_B.")
 MAGNITUDE = ".lora_magnitude_vector."
@@ -81,15 +81,17 @@ def attach(
     *,
     lora: LoraConfig | None,
     token_ids: Iterable[int] = (),
+    trains_base: bool = False,
     seed: int = 0,
     task_rows: Sequence[Sequence[int]] = (),
 ) -> PreTrainedModel:
-    """Put LoRA layers and token rows on a frozen base, in place; a new adapter changes no output.
+    """Put LoRA layers and token rows on a base, in place; a new adapter changes no output.
 
     Args:
         model: The base, whole: shards come later.
         lora: What is adapted, and how it starts; None for token rows alone.
         token_ids: Rows of the vocabulary that are trained.
+        trains_base: Whether the base's own parameters are, which stay frozen otherwise.
         seed: All that a random start depends on.
         task_rows: Token ids of the task's own rows, in order; only `lora.init` corda and eva read them.
 
@@ -97,8 +99,10 @@ def attach(
         ConfigError: Nothing is to be trained, or see `inject_lora`.
     """
     ids = tuple(token_ids)
-    if lora is None and not ids:
-        raise ConfigError("nothing to train: set train.lora, or a task with a token, or both")
+    if lora is None and not ids and not trains_base:
+        raise ConfigError(
+            "nothing to train: set train.lora, a task with a token, both, or stages whose parts name the base"
+        )
     if lora is not None:
         inject_lora(model, lora, seed=seed, task_rows=task_rows)
     if ids:
@@ -110,20 +114,21 @@ def attach(
             rows.keep_norms()
         model.set_input_embeddings(rows)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) is not None)
+        parameter.requires_grad_(trains_base or part_of(name) != "base")
     return model
 
 
-def part_of(parameter_name: str) -> Part | None:
-    """Return which trained part a parameter belongs to, None for the base's own."""
+def part_of(parameter_name: str) -> Part:
+    """Return which part a parameter belongs to."""
     if any(mark in parameter_name for mark in (*MATRICES, MAGNITUDE)):
         return "lora"
-    return "token_rows" if parameter_name.endswith("deltas_KD") else None
+    return "token_rows" if parameter_name.endswith("deltas_KD") else "base"
 
 
-def takes_decay(parameter_name: str) -> bool:
-    """Tell whether weight decay applies: to LoRA's matrices, not to magnitudes and token rows."""
-    return any(mark in parameter_name for mark in MATRICES)
+def takes_decay(parameter_name: str, parameter: nn.Parameter) -> bool:
+    """Tell whether weight decay applies: to matrices, not to norms, biases, magnitudes and token rows."""
+    is_matrix = part_of(parameter_name) == "base" and parameter.ndim > 1
+    return is_matrix or any(mark in parameter_name for mark in MATRICES)
 
 
 @torch.no_grad()

@@ -78,17 +78,29 @@ def _quantise(quantisation: Quantisation, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def check_quantisation(
-    model: ModelConfig, lora: LoraConfig | None, *, num_workers: int, use_gpu: bool, offload: bool
+    model: ModelConfig,
+    lora: LoraConfig | None,
+    *,
+    trains_base: bool = False,
+    num_workers: int,
+    use_gpu: bool,
+    offload: bool,
 ) -> None:
     """Refuse to train over a quantised base what can't be, from the settings alone.
 
     Raises:
         ConfigError: No GPU, several workers or offloaded shards (packed weights are not sharded), a start that
-            takes something out of the base's weight, or magnitudes over eight-bit weights.
+            takes something out of the base's weight, or magnitudes over eight-bit weights; the base's own
+            parameters, which have no gradient when they are rounded.
     """
     if model.quantisation == "none":
         return
     name = f"model.quantisation={model.quantisation}"
+    if trains_base:
+        raise ConfigError(
+            f"{name} leaves the base's parameters without gradients, and a stage of train.stages moves the base;"
+            " train LoRA, or set quantisation=none"
+        )
     if not use_gpu:
         raise ConfigError(f"{name} needs a GPU; set train.use_gpu=true, or model.quantisation=none")
     if num_workers > 1 or offload:

@@ -14,11 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from delia.model.loading import load_base
-from delia.store.models import ModelConfig
+from delia.store.adapters import is_whole
+from delia.store.models import ModelConfig, place_model
 
 
 def load_adapted(config: ModelConfig, adapter: Path) -> PreTrainedModel:
-    """Load an adapter directory as any PEFT user does; nothing of this platform's is in between."""
+    """Load an adapter directory as any PEFT user does; nothing of this platform's is in between.
+
+    What full tuning left is loaded as any model is.
+    """
+    if is_whole(adapter):
+        return load_base(place_model(config, str(adapter)))
     model = PeftModel.from_pretrained(load_base(config), str(adapter))
     model.eval()
     return cast(PreTrainedModel, model)  # it answers to everything that is asked of it here

@@ -15,7 +15,7 @@ from delia.model.adapted import TokenRows, part_of
 
 def find_changes(model: PreTrainedModel) -> list[str]:
     """Return the names that tell that a base is not what it was: its own are trained, or LoRA's start left it."""
-    own = [name for name, p in model.named_parameters() if p.requires_grad and part_of(name) is None]
+    own = [name for name, p in model.named_parameters() if p.requires_grad and part_of(name) == "base"]
     return own + [name for name, _ in model.named_buffers() if name.endswith((".start_A", ".start_B"))]
 
 
@@ -28,7 +28,7 @@ def check_base_is_there(model: PreTrainedModel) -> None:
     if changes := find_changes(model):
         raise TrainError(
             f"train.kl_weight needs the base as it was, which {changes[0]!r} says it is not; leave it out, or"
-            " train plain LoRA (train.lora.init=default)"
+            " train LoRA (train.lora.init=default) and not the base"
         )
 
 

@@ -2,6 +2,8 @@
 
     adapter/  adapter_model.safetensors  adapter_config.json  tokenizer files  manifest.json (last)
 
+What full tuning leaves in its place is a model's directory (`train.export`), which PEFT is not asked about.
+
 Low-rank matrices are stored scaled, so that alpha equals the rank and every engine's scaling is 1.
 The k trained rows of new tokens are exactly an embedding LoRA of rank k: A [k, V] holds a one-hot
 row a token, B [D, k] the deltas; `rank_pattern` sets it apart from the rest. A DoRA adapter also holds
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 
 from delia.errors import EngineError, StoreError
 from delia.store.forms import EMBEDDING_LORA, AdapterTraits, choose_form
-from delia.store.tables import MANIFEST, fetch_directory
+from delia.store.tables import fetch_directory
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -144,6 +146,8 @@ def read_traits(directory: Path) -> AdapterTraits:
     Raises:
         EngineError: It holds what no form serves; names it.
     """
+    if is_whole(directory):
+        return AdapterTraits(is_whole=True)
     config = read_config(directory)
     for name in FOREIGN_SETTINGS:
         if config.get(name):
@@ -203,6 +207,6 @@ def fetch_adapter(address: str) -> Path:
     return fetch_directory(address, kind="adapter")
 
 
-def is_adapter(directory: Path) -> bool:
-    """Tell whether a directory holds a finished adapter of this platform."""
-    return (directory / MANIFEST).is_file() and (directory / WEIGHTS).is_file()
+def is_whole(directory: Path) -> bool:
+    """Tell whether a directory holds a model of its own in the place of an adapter."""
+    return (directory / "config.json").is_file() and not (directory / CONFIG).is_file()

@@ -1,10 +1,11 @@
 """Which form of an adapter vLLM serves: what it can load depends on the base model's class.
 
-    architecture + what the adapter holds  ->  lora | patched_base | merged, and the reason
+    architecture + what the adapter holds  ->  lora | patched_base | merged | whole, and the reason
 
 A LoRARequest brings low-rank matrices of linear layers everywhere, and rows of tokens where vLLM's
 class takes LoRA on its embedding. Elsewhere the rows go into a copy of the base, and the rest stays a
-LoRARequest; what vLLM knows no LoRA for is merged. `tests/generate` holds the table against vLLM.
+LoRARequest; what vLLM knows no LoRA for is merged. Full tuning leaves a model, which is served as it is.
+`tests/generate` holds the table against vLLM.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Literal
 
 from delia.errors import EngineError
 
-Form = Literal["lora", "patched_base", "merged"]
+Form = Literal["lora", "patched_base", "merged", "whole"]
 EMBEDDING_LORA = frozenset(
     (
         "Cohere2ForCausalLM",
@@ -36,9 +37,13 @@ SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterTraits:
-    """What of an adapter decides its form: the largest rank, and whether it has rows of tokens or is a DoRA."""
+    """What of an adapter decides its form: the largest rank, whether it has rows of tokens or is a DoRA.
 
-    rank: int
+    `is_whole` tells that it is no adapter but a model of its own.
+    """
+
+    rank: int = 1
+    is_whole: bool = False
     has_rows: bool = False
     has_dora: bool = False
 
@@ -58,6 +63,8 @@ def choose_form(architecture: str, traits: AdapterTraits) -> ServingForm:
         architecture: The first of `architectures` in the base's config.json.
         traits: What the adapter holds.
     """
+    if traits.is_whole:
+        return ServingForm(form="whole", reason="all parameters were trained: it is a model of its own")
     if traits.has_dora:
         return ServingForm(form="merged", reason="vLLM has no DoRA (use_dora=True)")
     if traits.rank > SERVED_RANKS[-1]:

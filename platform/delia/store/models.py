@@ -62,6 +62,11 @@ def resolve_model(config: ModelConfig) -> Path:
     return Path(snapshot_download(config.path, revision=config.revision))
 
 
+def place_model(config: ModelConfig, path: str) -> ModelConfig:
+    """Return the settings of a base with another directory in its place."""
+    return config.model_copy(update={"path": path, "revision": None})
+
+
 def identify_model(config: ModelConfig) -> str:
     """Return what a model is, for row ids and lineage: the hub commit, or a hash of the weights' index.
 

@@ -20,7 +20,7 @@ from delia.errors import StoreError
 from delia.rng import hash_text
 from delia.store.adapters import CONFIG, EMBEDDING_ENDINGS, WEIGHTS, read_config, read_tensors, read_traits
 from delia.store.changes import WeightChange, read_changes
-from delia.store.forms import Form, choose_form, untied_architecture
+from delia.store.forms import Form, ServingForm, choose_form, untied_architecture
 from delia.store.models import ModelConfig, identify_model
 from delia.store.tables import MANIFEST, Manifest, commit, is_finished, read_manifest
 from delia.store.weights import HEAD, find_weights, keep_file, write_changed, write_tensors, write_text
@@ -76,11 +76,7 @@ def write_served(
     """
     base, adapter = base.resolve(), adapter.resolve()
     needed = choose_form(read_architecture(base), read_traits(adapter))
-    if FORMS.index(form) < FORMS.index(needed.form):
-        raise StoreError(
-            f"{adapter} can't be served as {form}: {needed.reason}; export it as {needed.form}"
-            f" (--form {needed.form})"
-        )
+    _check_form(form, needed, adapter)
     identity = identify_served(form, base, adapter, dtype=dtype)
     if is_finished(str(output)):
         if read_manifest(str(output), kind=KIND).fingerprint != identity:
@@ -115,6 +111,18 @@ def write_served(
     return locate_served(output)
 
 
+def _check_form(form: Form, needed: ServingForm, adapter: Path) -> None:
+    if needed.form == "whole":
+        raise StoreError(
+            f"{adapter}: {needed.reason}; there is nothing to export, serve its directory as it is"
+        )
+    if FORMS.index(form) < FORMS.index(needed.form):
+        raise StoreError(
+            f"{adapter} can't be served as {form}: {needed.reason}; export it as {needed.form}"
+            f" (--form {needed.form})"
+        )
+
+
 def locate_served(output: Path) -> ServedFiles:
     """Return what lies in a finished directory of `write_served`.
 
@@ -146,10 +154,6 @@ def _write_model(
     output.mkdir(exist_ok=True)
     files = find_weights(base)
     embeddings = [name for name, change in changes.items() if change.is_embedding]
-    config = json.loads((base / MODEL_CONFIG).read_text(encoding="utf-8"))
-    if embeddings:
-        config["tie_word_embeddings"] = False
-        config["architectures"] = [untied_architecture(read_architecture(base))]
     was_tied = bool(embeddings) and HEAD not in files.file_by_name
     counts = write_changed(
         files,
@@ -161,9 +165,26 @@ def _write_model(
     )
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     _copy_files(adapter if has_tokenizer else base, output, TOKENIZER_FILES)
+    write_model_config(base, output, is_untied=bool(embeddings))
+    return counts
+
+
+def write_model_config(base: Path, output: Path, *, is_untied: bool, dtype: str | None = None) -> None:
+    """Write the configs of a model that was made of a base.
+
+    Args:
+        base: The base's directory.
+        output: The model's.
+        is_untied: Whether its output head is no longer the input embedding.
+        dtype: In which it is stored; None for the base's.
+    """
+    config = json.loads((base / MODEL_CONFIG).read_text(encoding="utf-8"))
+    if is_untied:
+        config["tie_word_embeddings"] = False
+        config["architectures"] = [untied_architecture(read_architecture(base))]
+    config |= {name: dtype for name in ("dtype", "torch_dtype") if dtype and name in config}
     _copy_files(base, output, [GENERATION_CONFIG])
     write_text(output / MODEL_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return counts
 
 
 def _write_rest(adapter: Path, output: Path, *, base_model: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def write_changed(
         The number of files that were rewritten, and linked or copied.
     """
     counts = {"files_rewritten": 0, "files_kept": 0}
-    grown = {"total_size": 0, "total_parameters": 0}
+    grown: Counter[str] = Counter()
     for file in sorted(set(files.file_by_name.values())):
         names = files.names_in(file)
         if not changes.keys() & set(names):
@@ -125,25 +126,42 @@ def write_changed(
             new[HEAD] = old[new_head_from]
         write_tensors(output / file, new, metadata)
         counts["files_rewritten"] += 1
-        for total, measure in (("total_size", _count_bytes), ("total_parameters", _count_parameters)):
-            grown[total] += measure(new) - measure(old)
-    if files.index is not None:
-        new_names = {HEAD: files.file_by_name[new_head_from]} if new_head_from else {}
-        totals = files.index.get("metadata", {})
-        index = {
-            "metadata": totals | {key: totals[key] + grown[key] for key in grown if key in totals},
-            "weight_map": {**files.file_by_name, **new_names},
-        }
-        write_text(output / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        grown.update(measure_tensors(new))
+        grown.subtract(measure_tensors(old))
+    before = (files.index or {}).get("metadata", {})
+    totals = {key: before.get(key, 0) + count for key, count in grown.items()}
+    write_index(files, output, totals, new_head_from=new_head_from)
     return counts
 
 
-def _count_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+def write_index(
+    files: WeightFiles, output: Path, totals: Mapping[str, int], *, new_head_from: str | None = None
+) -> None:
+    """Write the index of files that were rewritten, if they have one.
+
+    Args:
+        files: The model's weights as they were.
+        output: Where they now are.
+        totals: Of all files that are now there (`measure_tensors`).
+        new_head_from: See `write_changed`.
+    """
+    if files.index is None:
+        return
+    new_names = {HEAD: files.file_by_name[new_head_from]} if new_head_from else {}
+    metadata = files.index.get("metadata", {})
+    index = {
+        "metadata": metadata | {key: count for key, count in totals.items() if key in metadata},
+        "weight_map": {**files.file_by_name, **new_names},
+    }
+    write_text(output / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _count_parameters(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors.values())
+def measure_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return what an index says of all weights: their bytes and how many numbers they are."""
+    return {
+        "total_size": sum(tensor.nbytes for tensor in tensors.values()),
+        "total_parameters": sum(tensor.numel() for tensor in tensors.values()),
+    }
 
 
 def keep_file(source: Path, target: Path, *, copy: bool) -> None:

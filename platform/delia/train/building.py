@@ -19,6 +19,7 @@ from delia.model.lora import READS_ROWS
 from delia.model.original import check_base_is_there
 from delia.model.stand_in import find_stand_in
 from delia.store.models import ModelConfig
+from delia.train.export import check_storable
 from delia.train.head import read_head
 from delia.train.objective import prepare_loss
 from delia.train.order import BatchOrder
@@ -59,9 +60,12 @@ def build_model(task: TrainInput) -> PreTrainedModel:
         model,
         lora=config.lora,
         token_ids=task.token_ids,
+        trains_base=config.trains_base,
         seed=config.seed,
         task_rows=[ids for ids, _ in task_rows],
     )
+    if config.trains_base:
+        check_storable(model, task.model)
     initialise_rows(model, config.token_init, instruction_ids=task.instruction_ids, stand_ins=stand_ins)
     use_packed_attention(model)
     head = read_head(model)
@@ -120,14 +124,18 @@ def build_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
     Its state is there from the start: a checkpoint of an earlier stage would else make it by a step
     on zeros, which Adam counts, so that saving would change what is trained.
     """
-    peaks = {"lora": stage.learning_rate, "token_rows": stage.token_learning_rate}
+    peaks = {
+        "lora": stage.learning_rate,
+        "token_rows": stage.token_learning_rate,
+        "base": stage.learning_rate,
+    }
     groups = []
     for part in stage.parts:
         for decay, is_decayed in ((stage.weight_decay, True), (0.0, False)):
             params = [
                 parameter
                 for name, parameter in model.named_parameters()
-                if part_of(name) == part and takes_decay(name) == is_decayed
+                if part_of(name) == part and takes_decay(name, parameter) == is_decayed
             ]
             if params:
                 peak = peaks[part]

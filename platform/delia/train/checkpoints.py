@@ -14,7 +14,7 @@ from typing import Any
 import ray.train
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -122,10 +122,3 @@ def load_checkpoint(
     for index, optimizer in enumerate(optimizers):
         set_optimizer_state_dict(model, optimizer, state["optimizers"][str(index)], options=_SHARDED)
     return int(state["step"])
-
-
-def gather_trained(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained parameters, whole, on the CPU of the first worker; empty on the others."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    state = get_model_state_dict(model, options=options)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}

@@ -111,11 +111,11 @@ def sum_by_chunks(
     Args:
         score: Gives the loss of a chunk and its gradient.
         hidden_ND: Last hidden states.
-        head: What turns them into logits; its weight may be trained.
+        head: What turns them into logits; its weight and bias may be trained.
         num_held: Arrays of logits that `score` holds at once, the given one counted.
     """
     size = max(1, CHUNK_BYTES[hidden_ND.device.type] // (4 * num_held * head.weight_VD.shape[0]))
-    chunks = _ByChunks.apply(hidden_ND, head.weight_VD, head, score, size)  # type: ignore[no-untyped-call]
+    chunks = _ByChunks.apply(hidden_ND, head.weight_VD, head.bias_V, head, score, size)  # type: ignore[no-untyped-call]
     return cast(tuple[Tensor, Tensor], chunks)
 
 
@@ -124,10 +124,18 @@ class _ByChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, head: Head, score: ScoreLogits, size: int
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        head: Head,
+        score: ScoreLogits,
+        size: int,
     ) -> tuple[Tensor, Tensor]:
         by_hidden_ND = torch.empty_like(hidden_ND)
         by_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_VD.requires_grad else None
+        is_biased = bias_V is not None and bias_V.requires_grad
+        by_bias_V = torch.zeros_like(cast(Tensor, bias_V), dtype=torch.float32) if is_biased else None
         losses_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
         total = hidden_ND.new_zeros((), dtype=torch.float64)
         for start in range(0, len(hidden_ND), size):
@@ -139,12 +147,18 @@ class _ByChunks(torch.autograd.Function):
             torch.mm(by_output_nV, weight_VD, out=by_hidden_ND[part])
             if by_weight_VD is not None:
                 by_weight_VD += (by_output_nV.T @ hidden_ND[part]).float()
-        ctx.save_for_backward(by_hidden_ND, by_weight_VD)
+            if by_bias_V is not None:
+                by_bias_V += by_output_nV.float().sum(0)
+        ctx.save_for_backward(by_hidden_ND, by_weight_VD, by_bias_V)
         ctx.mark_non_differentiable(losses_N)
         return total.float(), losses_N
 
     @staticmethod
     def backward(ctx: Any, by_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        by_hidden_ND, by_weight_VD = ctx.saved_tensors
-        by_weight = None if by_weight_VD is None else (by_weight_VD * by_total).to(by_hidden_ND.dtype)
-        return by_hidden_ND * by_total.to(by_hidden_ND.dtype), by_weight, None, None, None
+        return (
+            *(
+                None if by is None else (by * by_total).to(ctx.saved_tensors[0].dtype)
+                for by in ctx.saved_tensors
+            ),
+            *(None, None, None),
+        )

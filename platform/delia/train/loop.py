@@ -22,11 +22,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from delia.model.adapted import collect
 from delia.rng import derive_seed
-from delia.store.adapters import write_adapter
 from delia.train.building import TrainInput, build_model, build_optimizer, build_order
-from delia.train.checkpoints import gather_trained, resume, save_checkpoint, seal_checkpoint
+from delia.train.checkpoints import resume, save_checkpoint, seal_checkpoint
+from delia.train.export import write_trained
 from delia.train.guards import Line, LossWatch, Outcome, SilentLine, agree
 from delia.train.memory import find_shortage
 from delia.train.meters import Meters
@@ -136,18 +135,10 @@ def report_checkpoint(
     task: TrainInput,
     watch: LossWatch,
 ) -> None:
-    """Hand Ray Train a checkpoint; the last one also holds the adapter's files."""
+    """Hand Ray Train a checkpoint; the last one also holds the files that are published."""
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(model, optimizers, watch, step, Path(folder))
         if step == task.config.max_steps:
-            trained = gather_trained(model)
-            if dist.get_rank() == 0:
-                lora = task.config.lora
-                write_adapter(
-                    Path(folder) / ADAPTER_FOLDER,
-                    collect(model, trained, scaling=lora.scaling if lora else 1.0),
-                    vocab_size=model.config.vocab_size,
-                    base_model=task.model.path,
-                )
+            write_trained(model, Path(folder) / ADAPTER_FOLDER, base=task.model, config=task.config)
         seal_checkpoint(Path(folder))
         ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder))

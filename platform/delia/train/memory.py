@@ -7,6 +7,7 @@ Q width of all query heads, K of all key heads, I of the feed-forward part, s by
     queries, keys, values and what is attended   (2 Q + 2 K) x s
     gate, up and their product                   3 I x s
     input of each LoRA matrix                    its width x s, and of its dropout x 1 (x s on a CPU)
+    where the base is trained: normalised states, and inputs of all linear layers   (4 D + Q + I) x s
 
 A layer that is computed again keeps D x s instead. The backward pass needs `NUM_PASSING` layers' worth
 beside: gradients, temporaries, and what is computed again. Held against the starter (`tests/train/test_memory.py`):
@@ -98,16 +99,21 @@ def estimate_memory(
             lora_width += module.in_features
     num_shards = config.shard_group or config.num_workers
     is_whole = num_shards == 1
+    if config.trains_base:
+        num_trained += num_parameters
+        base_bytes = 4 * num_parameters  # the weights that are stepped are float32
     batch_tokens = -(-config.global_batch_size * config.max_length // config.num_workers)
     micro_tokens = max(config.max_length, min(config.max_tokens_per_micro_batch, batch_tokens))
     dropped = (1 if config.use_gpu else size) if lora and lora.dropout else 0
-    layer_bytes = _count_layer_bytes(model, size) + lora_width // num_layers * (size + dropped)
+    layer_bytes = _count_layer_bytes(model, size, is_trained=config.trains_base)
+    layer_bytes += lora_width // num_layers * (size + dropped)
     kept = int(model.hidden_size) * size if config.gradient_checkpointing else layer_bytes
     device = "cuda" if config.use_gpu else "cpu"
     is_away = config.offload and config.use_gpu
+    frozen = 0 if is_away or config.trains_base else base_bytes
     return MemoryEstimate(
         loading=base_bytes,
-        parameters=(0 if is_away else base_bytes // num_shards) + (0 if is_whole else 2 * layer * size),
+        parameters=frozen // num_shards + (0 if is_whole else 2 * layer * size),
         trained=0 if is_away else 4 * 4 * num_trained // num_shards,
         kept=micro_tokens * num_layers * kept,
         passing=micro_tokens * NUM_PASSING * layer_bytes,
@@ -115,12 +121,13 @@ def estimate_memory(
     )
 
 
-def _count_layer_bytes(model: PretrainedConfig, size: int) -> int:
+def _count_layer_bytes(model: PretrainedConfig, size: int, *, is_trained: bool) -> int:
     hidden, num_heads = int(model.hidden_size), int(model.num_attention_heads)
     width = int(getattr(model, "head_dim", None) or hidden // num_heads)
     num_keys = int(getattr(model, "num_key_value_heads", None) or num_heads)
     inner = int(getattr(model, "intermediate_size", None) or 4 * hidden)
-    return 2 * hidden * 4 + (2 * num_heads + 2 * num_keys) * width * size + 3 * inner * size
+    more = 4 * hidden + num_heads * width + inner if is_trained else 0
+    return 2 * hidden * 4 + ((2 * num_heads + 2 * num_keys) * width + 3 * inner + more) * size
 
 
 def read_device_bytes(config: TrainConfig, *, num_sharing: int) -> int | None:

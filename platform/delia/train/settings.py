@@ -1,9 +1,9 @@
 """The settings of training, and the learning-rate schedules they name."""
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from delia.config import FrozenConfig, MethodConfig
 from delia.model.adapted import Part, TokenInit
@@ -33,6 +33,7 @@ HOW_ONLY = (
 class StageConfig(FrozenConfig):
     """One stretch of training: which parts move, on which rows, how fast, for how long.
 
+    `learning_rate` is that of LoRA, or of the base's own parameters where `parts` names `base` (full tuning).
     `rows="token"` takes only the rows in which a declared token occurs: no other row has a gradient
     for the token rows.
     """
@@ -76,6 +77,8 @@ class MetersConfig(FrozenConfig):
 class TrainConfig(FrozenConfig):
     """How an adapter is trained; stages run one after the other on the same parameters.
 
+    Stages whose parts name `base` train all parameters, without LoRA: what comes out is a model of its own.
+
     Parameters are sharded over all workers, or over groups of `shard_group` that hold a copy each (HSDP).
     `gradient_checkpointing` computes layers again in the backward pass, `offload` keeps shards in the host's
     memory: both give time for memory. `compile` lets torch.compile fuse what lies between matrix products;
@@ -116,6 +119,20 @@ class TrainConfig(FrozenConfig):
     input_corruption: MethodConfig | None = None
     kl_weight: float | None = Field(default=None, gt=0)
     meters: MetersConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.trains_base and self.lora is not None:
+            raise ValueError(
+                "a stage moves the base itself, which a LoRA adapter belongs over as it was; set train.lora=null,"
+                " or take 'base' out of the parts of train.stages"
+            )
+        return self
+
+    @property
+    def trains_base(self) -> bool:
+        """Tell whether any stage moves the base's own parameters."""
+        return any("base" in stage.parts for stage in self.stages)
 
     @property
     def max_steps(self) -> int:
