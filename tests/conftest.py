@@ -130,47 +130,68 @@ def make_shape() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function that saves a random model of a shape once, with the starter's tokenizer.
+def save_shape(
+    tmp_path_factory: pytest.TempPathFactory, make_shape: Callable[..., Any]
+) -> Callable[..., Path]:
+    """Return a function of an architecture's name and settings: its model on disk with the starter's tokenizer.
 
-    Heads are of a size that vLLM's attention takes on a CPU. The layers outweigh the embedding, so that a
-    tied model does not answer with the last id that it saw.
+    Equal ones are saved once. `input_scale` multiplies the input embedding.
     """
-    import torch
-    import transformers
-
-    from delia.starter.tokenizer import build_tokenizer
+    from delia.starter.tokenizer import build_tokenizer  # late, as all of these
 
     tokenizer = build_tokenizer()
-    saved: dict[tuple[str, bool, bool], Path] = {}
+    saved: dict[str, Path] = {}
 
-    def save(shape: str, *, is_tied: bool = True, is_sharded: bool = False) -> Path:
-        key = (shape, is_tied, is_sharded)
+    def save(name: str, *, shard_size: str = "1GB", input_scale: float = 1.0, **settings: Any) -> Path:
+        key = repr((name, shard_size, input_scale, sorted(settings.items())))
         if key in saved:
             return saved[key]
-        saved[key] = directory = tmp_path_factory.mktemp(f"{shape}-{is_tied}-{is_sharded}")
-        config = getattr(transformers, f"{shape}Config")(
-            vocab_size=len(tokenizer),
+        saved[key] = directory = tmp_path_factory.mktemp(name)
+        model = make_shape(
+            name,
+            **{
+                "vocab_size": len(tokenizer),
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+                "tie_word_embeddings": True,
+                "sliding_window": 4096,
+                "use_sliding_window": False,
+                **settings,
+            },
+        )
+        model.get_input_embeddings().weight.mul_(input_scale)
+        model.save_pretrained(directory, max_shard_size=shard_size)
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_base(save_shape: Callable[..., Path]) -> Callable[..., Path]:
+    """Return a function of an architecture's name: a model on disk that vLLM serves on a CPU.
+
+    Its heads are of a size that vLLM's attention takes there. The layers outweigh the embedding, so that a
+    tied model does not answer with the last id that it saw.
+    """
+
+    def save(shape: str, *, is_tied: bool = True, is_sharded: bool = False) -> Path:
+        return save_shape(
+            shape.lower(),
+            shard_size="100KB" if is_sharded else "1GB",
+            input_scale=0.1,
             hidden_size=64,
             intermediate_size=96,
-            num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,
             head_dim=32,
-            max_position_embeddings=128,
             initializer_range=0.3,
             tie_word_embeddings=is_tied,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **(
+                {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} if shape == "Gemma2" else {}
+            ),
         )
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            model.get_input_embeddings().weight.mul_(0.1)
-        model.save_pretrained(directory, max_shard_size="100KB" if is_sharded else "1GB")
-        tokenizer.save_pretrained(directory)
-        return directory
 
     return save
 

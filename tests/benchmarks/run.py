@@ -1,20 +1,24 @@
 """Benchmarks, side by side in one run: `make bench`; results go into `RESULTS.md` beside this file.
 
-    generation   this pipeline with all its filters against bare vLLM and other ways to ask it
-    training     the loop beside TRL's SFTTrainer, three sizes of model
-    coverage     how much of the starter's world its own samples reach
+    generation        this pipeline with all its filters against bare vLLM and other ways to ask it
+    training          the loop beside TRL's SFTTrainer, three sizes of model
+    near_duplicates   the curator's beside datasketch's and text-dedup's
+    coverage          how much of the starter's world its own samples reach
 
-Figures are of one machine and one day; ratios are what carries over.
+`python tests/benchmarks/run.py training` runs one of them; each has a section of its own. Figures are of one machine and one day; ratios are what carries over.
 """
 
 import datetime
 import platform
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import generation
 import ray
 from generation import Measured
+from near_duplicates import describe_near_duplicates
 from training import describe_training
 from world_coverage import describe_coverage
 
@@ -26,6 +30,7 @@ from delia.store.tasks import TaskConfig, read_task
 NUM_PROMPTS = 8192
 RESULTS = Path(__file__).with_name("RESULTS.md")
 MODEL = ModelConfig(path="package://delia.starter/weights")
+TASK = TaskConfig(path="package://delia.starter/tasks/sep")
 
 
 def describe_generation(measured: list[Measured], num_prompts: int) -> str:
@@ -46,25 +51,40 @@ def describe_generation(measured: list[Measured], num_prompts: int) -> str:
     )
 
 
-def main() -> None:
-    """Run the benchmarks and write their section."""
+def measure_generation() -> str:
+    """Run the ways to generate."""
     connect(RayConfig())
     ray.cloudpickle.register_pickle_by_value(generation)
-    task = read_task(TaskConfig(path="package://delia.starter/tasks/sep"))
     with tempfile.TemporaryDirectory() as folder:
-        measured = generation.measure_all(Path(folder), task, num_prompts=NUM_PROMPTS)
-        space = open_workspace(folder, MODEL, task)
-        covered = describe_coverage(space)
-    body = f"""`make bench`, {datetime.date.today():%Y-%m-%d}, {platform.machine()}, one core a process, float32.
+        measured = generation.measure_all(Path(folder), read_task(TASK), num_prompts=NUM_PROMPTS)
+    return describe_generation(measured, NUM_PROMPTS)
 
-{describe_generation(measured, NUM_PROMPTS)}
 
-{describe_training()}
+def measure_coverage() -> str:
+    """Make a pool of the world's own samples."""
+    connect(RayConfig())
+    with tempfile.TemporaryDirectory() as folder:
+        return describe_coverage(open_workspace(folder, MODEL, read_task(TASK)))
 
-{covered}
-"""
-    write_section(RESULTS, "benchmarks", body)
-    print(body)
+
+PARTS: dict[str, Callable[[], str]] = {
+    "generation": measure_generation,
+    "training": describe_training,
+    "near_duplicates": describe_near_duplicates,
+    "coverage": measure_coverage,
+}
+
+
+def main() -> None:
+    """Run the benchmarks that are named, or all, and write a section each."""
+    names = sys.argv[1:] or list(PARTS)
+    if unknown := sorted(set(names) - PARTS.keys()):
+        sys.exit(f"no benchmark {unknown}; there are {list(PARTS)}")
+    for name in names:
+        when = f"{datetime.date.today():%Y-%m-%d}, {platform.machine()}, one core a process, float32"
+        body = f"`python tests/benchmarks/run.py {name}`: {when}.\n\n{PARTS[name]()}\n"
+        write_section(RESULTS, f"bench: {name}", body)
+        print(body, flush=True)
 
 
 if __name__ == "__main__":

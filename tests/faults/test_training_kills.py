@@ -15,11 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from delia.errors import StoppedError
 from delia.model.lora import LoraConfig
-from delia.starter.tokenizer import build_tokenizer
 from delia.store.adapters import read_tensors
 from delia.store.models import ModelConfig
 from delia.train.building import TrainInput
@@ -127,21 +125,8 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def make_task(folder: Path, *, num_steps: int, checkpoint_every: int, dropout: float) -> TrainInput:
+def make_task(base: Path, *, num_steps: int, checkpoint_every: int, dropout: float) -> TrainInput:
     """Two workers and dropout on a tiny Llama; the first 8 of 24 rows are the task's."""
-    tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     rng = random.Random(0)
     rows = []
     for _ in range(24):
@@ -151,7 +136,7 @@ def make_task(folder: Path, *, num_steps: int, checkpoint_every: int, dropout: f
         max_steps=num_steps, learning_rate=1e-3, token_learning_rate=1e-3, schedule="cosine", weight_decay=0.1
     )
     return TrainInput(
-        model=ModelConfig(path=str(folder)),
+        model=ModelConfig(path=str(base)),
         config=TrainConfig(
             lora=LoraConfig(rank=4, alpha=8, dropout=dropout),
             stages=(stage,),
@@ -167,14 +152,13 @@ def make_task(folder: Path, *, num_steps: int, checkpoint_every: int, dropout: f
 
 
 @pytest.fixture(scope="module")
-def make_driver(tmp_path_factory) -> Iterator[Callable[..., Driver]]:
+def make_driver(save_shape, tmp_path_factory) -> Iterator[Callable[..., Driver]]:
     drivers: list[Driver] = []
 
     def make(*, num_steps: int, checkpoint_every: int, dropout: float = 0.1) -> Driver:
         folder = tmp_path_factory.mktemp("training")
-        task = make_task(
-            folder / "model", num_steps=num_steps, checkpoint_every=checkpoint_every, dropout=dropout
-        )
+        base = save_shape("llama")
+        task = make_task(base, num_steps=num_steps, checkpoint_every=checkpoint_every, dropout=dropout)
         drivers.append(Driver(folder / "run", task))
         drivers[-1].start()
         return drivers[-1]

@@ -16,10 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ray.train import Checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from delia.model.adapted import LoraConfig
-from delia.starter.tokenizer import build_tokenizer
 from delia.store.adapters import read_tensors
 from delia.store.models import ModelConfig
 from delia.train.building import TrainInput
@@ -76,25 +74,9 @@ class LocalLine:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory) -> ModelConfig:
+def tiny_llama(save_shape) -> ModelConfig:
     """Weights wide enough that a few steps are seen in the loss."""
-    directory = tmp_path_factory.mktemp("tiny-llama")
-    tokenizer = build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return ModelConfig(path=str(directory))
+    return ModelConfig(path=str(save_shape("llama", initializer_range=0.1)))
 
 
 @pytest.fixture(scope="session")
