@@ -3,6 +3,7 @@
     directory/  task.yaml  train.jsonl  dev.jsonl  test.jsonl   (or .parquet; dev and test may be absent)
     rows.jsonl | rows.parquet                                   one file, split here
     directory/  state.json ... | dataset_dict.json ...          saved by `datasets.save_to_disk`
+    hf://datasets/ORG/NAME@COMMIT                               data/train-00000-of-00002.parquet ..., as on the hub
 
 A file or a single dataset is split by the hash of each row's prompt: the rows of one prompt stay
 together, and a row keeps its split however the file grows. Files that are split already are taken as
@@ -11,10 +12,8 @@ they are, so a split that is absent there is empty here.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Self
 
-import pyarrow.fs as pafs
 import yaml
 from pydantic import Field, model_validator
 
@@ -24,7 +23,8 @@ from delia.rng import hash_text
 from delia.schema import SPLITS, SeedTask, Split, Task, hash_messages
 from delia.store.tables import join, list_names, open_filesystem, read_bytes, write_bytes
 from delia.store.task_columns import ColumnMapping, check_text, render_row
-from delia.store.task_files import DATASET_STATE, SUFFIXES, RawRow, read_json_object, read_raw_rows
+from delia.store.task_files import SUFFIXES, RawRow, read_raw_rows
+from delia.store.task_forms import HEADER, HUB_SCHEME, SPLIT_BY_NAME, TaskForm, find_form
 from delia.store.task_rows import (
     PlacedRow,
     at_place,
@@ -34,10 +34,6 @@ from delia.store.task_rows import (
     parse_rows,
     split_rows,
 )
-
-HEADER = "task.yaml"
-DATASET_SPLITS = "dataset_dict.json"
-SPLIT_BY_NAME: dict[str, Split] = {"train": "train", "dev": "dev", "validation": "dev", "test": "test"}
 
 
 class TaskConfig(FrozenConfig):
@@ -76,15 +72,6 @@ class TaskHeader(FrozenConfig):
     columns: ColumnMapping = ColumnMapping()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Form:
-    """What a path turned out to be; where `is_whole`, train is one file that is still to be split."""
-
-    address_by_split: dict[Split, str]
-    is_whole: bool = False
-    header: str | None = None
-
-
 def read_task(config: TaskConfig) -> Task:
     """Read and check a task before any work is done on it.
 
@@ -95,11 +82,13 @@ def read_task(config: TaskConfig) -> Task:
         TaskFileError: The first thing that is wrong, with the file and the line or row.
     """
     path = config.path.rstrip("/") or "/"
-    form = _find_form(path)
+    form = find_form(path)
     header = _read_header(form, path, config)
     raw_by_split = {
-        split: read_raw_rows(address, max_line_bytes=config.max_line_bytes)
-        for split, address in form.address_by_split.items()
+        split: [
+            row for address in files for row in read_raw_rows(address, max_line_bytes=config.max_line_bytes)
+        ]
+        for split, files in form.files_by_split.items()
     }
     rows = parse_rows(raw_by_split, header.columns)
     if form.is_whole:
@@ -176,48 +165,7 @@ def digest_task(
     return hash_text(hash_text(*tokens), long_instruction, *hash_by_split)
 
 
-def _find_form(path: str) -> _Form:
-    try:
-        filesystem, inner = open_filesystem(path)
-        kind = filesystem.get_file_info(inner).type
-        names = list_names(path) if kind == pafs.FileType.Directory else []
-    except (OSError, StoreError) as error:
-        raise TaskFileError(f"{path}: can't be read: {error}") from error
-    if kind == pafs.FileType.NotFound:
-        raise TaskFileError(f"{path}: no such file or directory; correct the task's path")
-    if HEADER in names:
-        files = [name for name in names if name.lower().endswith(SUFFIXES)]
-        return _Form(address_by_split=_match_splits(path, files), header=join(path, HEADER))
-    if DATASET_SPLITS in names:
-        splits = read_json_object(join(path, DATASET_SPLITS)).get("splits")
-        if not isinstance(splits, list):
-            raise TaskFileError(f"{path}: {DATASET_SPLITS} lists no splits; save the datasets again")
-        return _Form(address_by_split=_match_splits(path, [str(name) for name in splits]))
-    if kind == pafs.FileType.File or DATASET_STATE in names:
-        return _Form(address_by_split={"train": path}, is_whole=True)
-    raise TaskFileError(
-        f"{path}: no form of a task; a directory needs {HEADER} and train.jsonl, or is one that"
-        f" datasets.save_to_disk wrote; found {names[:20]}"
-    )
-
-
-def _match_splits(path: str, names: list[str]) -> dict[Split, str]:
-    found: dict[Split, str] = {}
-    for name in names:
-        split = SPLIT_BY_NAME.get(name.partition(".")[0])
-        if split is None:
-            raise TaskFileError(
-                f"{path}: {name!r} belongs to no split; call it {' or '.join(SPLIT_BY_NAME)}, or move it away"
-            )
-        if split in found:
-            raise TaskFileError(f"{path}: {found[split]!r} and {name!r} are both {split}; keep one")
-        found[split] = name
-    if "train" not in found:
-        raise TaskFileError(f"{path}: no train rows, found {names}; add train.jsonl")
-    return {split: join(path, found[split]) for split in SPLITS if split in found}
-
-
-def _read_header(form: _Form, path: str, config: TaskConfig) -> TaskHeader:
+def _read_header(form: TaskForm, path: str, config: TaskConfig) -> TaskHeader:
     """Read `task.yaml` where there is one; what the settings say wins."""
     name = path.rpartition("/")[2]
     header = TaskHeader()
@@ -236,6 +184,7 @@ def _read_header(form: _Form, path: str, config: TaskConfig) -> TaskHeader:
             ) from error
     settings = {key: value for key, value in config if key in TaskHeader.model_fields}
     chosen = {key: value for key, value in settings.items() if value and value != ColumnMapping()}
+    name = name.partition("@")[0] if path.startswith(HUB_SCHEME) else name
     stem = name.rpartition(".")[0] if name.lower().endswith(SUFFIXES) else name
     return header.model_copy(update={"name": header.name or stem} | chosen)
 
