@@ -250,3 +250,16 @@ def peft_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return directory
 
     return write
+
+
+@pytest.fixture(scope="session")
+def read_lock() -> Callable[[str], dict[str, Any]]:
+    """Return a function of an accelerator's name: the version of every package of its lock."""
+    from packaging.version import Version  # late, as all of these
+
+    def read(accel: str) -> dict[str, Version]:
+        path = Path(__file__).parents[1] / "requirements" / f"{accel}.lock"
+        parts = (line.partition("==") for line in path.read_text().splitlines())
+        return {name: Version(version) for name, _, version in parts}
+
+    return read

@@ -1,19 +1,26 @@
-"""What tests of whole flows share: a small task, and adapters as training leaves them, without training."""
+"""What tests of whole flows share: a small task, adapters as training leaves them, and small pools."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from delia.config import MethodConfig
+from delia.curate.pipeline import CurateConfig
+from delia.flow.pool import PoolConfig, build_pool, pool_fingerprint
 from delia.flow.trial import ArmConfig, plan_arm, seal_adapter
 from delia.flow.workspace import Workspace, open_workspace
+from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.mix.mixture import MixConfig
 from delia.model.adapted import LoraConfig, attach, collect
 from delia.model.loading import load_base
 from delia.recipes.starter import STARTER
 from delia.schema import Message, SeedTask, Task
 from delia.store.adapters import write_adapter
+from delia.store.pools import Pool, Rejection, read_rejections
+from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 from delia.train.settings import StageConfig, TrainConfig
 
 LORA = LoraConfig(rank=2, alpha=2, dropout=0.0)
@@ -71,3 +78,73 @@ def make_adapter() -> Callable[..., str]:
         return arm.address
 
     return make
+
+
+# ---- pools
+
+
+@pytest.fixture(scope="session")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A task of one row on the starter."""
+    question = (Message(role="user", content="say fox in lingo"), Message(role="assistant", content="ka mu"))
+    rows = {"train": (SeedTask(task_id="t0", messages=question),), "dev": (), "test": ()}
+    task = Task(name="t", digest="d", rows_by_split=rows)
+    return open_workspace(str(tmp_path_factory.mktemp("pool")), STARTER, task)
+
+
+@pytest.fixture
+def space(opened: Workspace, tmp_path: Path) -> Workspace:
+    """The workspace `opened` with nothing in it."""
+    return dataclasses.replace(opened, output_dir=str(tmp_path))
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., PoolConfig]:
+    """Return a function of settings: a pool of two sources by Magpie, `self` half as large as `web`."""
+    loose = CurateConfig(near_duplicate_threshold=None, overlap_ngram=None, max_repeated_share=None)
+    system = "name the colour of the red fox , the grey wolf and the black cat ."
+
+    def make(
+        *,
+        num_rows: int = 24,
+        max_candidates: int | None = None,
+        curate: CurateConfig = loose,
+        max_tokens: int = 16,
+    ) -> PoolConfig:
+        sources = tuple(
+            SourceConfig(
+                name=name,
+                synthesizer=MethodConfig(
+                    method="delia.methods.synthesizer.magpie.Magpie", knobs={"system": f"{system} {name}"}
+                ),
+                num_rows=num_rows // share,
+                max_candidates=max_candidates,
+            )
+            for name, share in (("web", 1), ("self", 2))
+        )
+        sampling = SamplingConfig(max_tokens=max_tokens)
+        synthesize = SynthesizeConfig(sources=sources, sampling=sampling, chunk_size=8)
+        return PoolConfig(synthesize=synthesize, curate=curate)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def build(make_config: Callable[..., PoolConfig]) -> Callable[..., Pool]:
+    """Return a function that makes a pool with scripted engines; `num_replicas=None` starts none."""
+
+    def build(space: Workspace, config: PoolConfig | None = None, *, num_replicas: int | None = 1) -> Pool:
+        engine = None if num_replicas is None else EngineConfig(kind="scripted", num_replicas=num_replicas)
+        return build_pool(config or make_config(), space, engine=engine, log=lambda metrics, step: None)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def read_back(make_config: Callable[..., PoolConfig]) -> Callable[..., list[Rejection]]:
+    """Return a function that reads the rejections of a pool that was built."""
+
+    def read(space: Workspace, config: PoolConfig | None = None) -> list[Rejection]:
+        return read_rejections(space.address("pools", pool_fingerprint(config or make_config(), space)))
+
+    return read

@@ -1,65 +1,26 @@
 """Pools: equal for any number of replicas and after any restart, and never fewer rows than asked for."""
 
 import dataclasses
-import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from delia.config import MethodConfig
 from delia.curate.pipeline import CurateConfig
-from delia.curate.stopping import StopConfig
-from delia.errors import ConfigError, PoolError
+from delia.errors import PoolError
 from delia.flow.pool import PoolConfig, build_pool, pool_fingerprint
-from delia.flow.workspace import Workspace, open_workspace
+from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig, SamplingConfig
-from delia.schema import Message, SeedTask, Task
-from delia.store.models import ModelConfig
-from delia.store.pools import Candidate, Pool, from_candidate_table, read_rejections
+from delia.schema import SeedTask
+from delia.store.pools import Candidate, Pool, from_candidate_table
 from delia.store.tables import Manifest, is_finished, merkle_root, read_table
-from delia.store.tasks import TaskConfig
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
-STARTER = ModelConfig(path="package://delia.starter/weights")
-SYSTEM = "name the colour of the red fox , the grey wolf and the black cat ."
-QUESTION = (Message(role="user", content="say fox in lingo"), Message(role="assistant", content="ka mu"))
-TASK = Task(
-    name="t",
-    digest="d",
-    rows_by_split={"train": (SeedTask(task_id="t0", messages=QUESTION),), "dev": (), "test": ()},
-)
 LOOSE = CurateConfig(near_duplicate_threshold=None, overlap_ngram=None, max_repeated_share=None)
-
-
-def make_config(
-    *,
-    num_rows: int = 24,
-    max_candidates: int | None = None,
-    curate: CurateConfig = LOOSE,
-    max_tokens: int = 16,
-) -> PoolConfig:
-    sources = tuple(
-        SourceConfig(
-            name=name,
-            synthesizer=MethodConfig(
-                method="delia.methods.synthesizer.magpie.Magpie", knobs={"system": f"{SYSTEM} {name}"}
-            ),
-            num_rows=num_rows // share,
-            max_candidates=max_candidates,
-        )
-        for name, share in (("web", 1), ("self", 2))
-    )
-    sampling = SamplingConfig(max_tokens=max_tokens)
-    synthesize = SynthesizeConfig(sources=sources, sampling=sampling, chunk_size=8)
-    return PoolConfig(synthesize=synthesize, curate=curate)
-
-
-def build(space: Workspace, config: PoolConfig | None = None, *, num_replicas: int | None = 1) -> Pool:
-    engine = None if num_replicas is None else EngineConfig(kind="scripted", num_replicas=num_replicas)
-    return build_pool(config or make_config(), space, engine=engine, log=lambda metrics, step: None)
 
 
 def read_candidates(path: Path) -> list[Candidate]:
@@ -77,20 +38,10 @@ def without_seconds(pool: Pool) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return open_workspace(str(tmp_path_factory.mktemp("pool")), STARTER, TASK)
-
-
-@pytest.fixture(scope="module")
-def built(cluster: None, opened: Workspace) -> tuple[Workspace, Pool]:
+def built(cluster: None, opened: Workspace, build: Callable[..., Pool]) -> tuple[Workspace, Pool]:
     """The pool that one replica makes."""
     space = dataclasses.replace(opened, output_dir=f"{opened.output_dir}/one")
     return space, build(space)
-
-
-@pytest.fixture
-def space(opened: Workspace, tmp_path: Path) -> Workspace:
-    return dataclasses.replace(opened, output_dir=str(tmp_path))
 
 
 @pytest.fixture
@@ -100,14 +51,10 @@ def resumable(built: tuple[Workspace, Pool], space: Workspace) -> Workspace:
     return space
 
 
-def read_back(space: Workspace, config: PoolConfig | None = None) -> list[object]:
-    return read_rejections(space.address("pools", pool_fingerprint(config or make_config(), space)))
-
-
 # ---- one pool, whatever happens
 
 
-def test_two_replicas_make_the_pool_of_one(built, space):
+def test_two_replicas_make_the_pool_of_one(built, space, build, read_back):
     pool = build(space, num_replicas=2)
 
     assert without_seconds(pool) == without_seconds(built[1])
@@ -115,7 +62,7 @@ def test_two_replicas_make_the_pool_of_one(built, space):
     assert read_back(space) == read_back(built[0])
 
 
-def test_a_restart_that_finds_half_of_the_chunks_makes_the_same_pool(built, resumable):
+def test_a_restart_that_finds_half_of_the_chunks_makes_the_same_pool(built, resumable, build):
     chunks = list_chunks(resumable)
     for path in chunks[::2]:
         path.unlink()
@@ -128,14 +75,14 @@ def test_a_restart_that_finds_half_of_the_chunks_makes_the_same_pool(built, resu
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_stored_candidates_make_the_same_pool_with_no_engine(built, resumable):
+def test_stored_candidates_make_the_same_pool_with_no_engine(built, resumable, build):
     before = list_chunks(resumable)
 
     assert without_seconds(build(resumable, num_replicas=None)) == without_seconds(built[1])
     assert list_chunks(resumable) == before
 
 
-def test_a_finished_pool_is_read_and_not_made_again(built):
+def test_a_finished_pool_is_read_and_not_made_again(built, make_config):
     space, pool = built
     logged: list[dict[str, float]] = []
     again = build_pool(make_config(), space, engine=None, log=lambda metrics, step: logged.append(metrics))
@@ -155,7 +102,7 @@ def test_a_pool_has_as_many_rows_of_each_source_as_were_asked_for_in_index_order
     assert built[1].manifest.root == merkle_root([row.leaf for row in rows])
 
 
-def test_a_pool_is_the_accepted_part_of_the_first_candidates_that_suffice(built):
+def test_a_pool_is_the_accepted_part_of_the_first_candidates_that_suffice(built, read_back):
     """Every candidate below a source's last row is in the pool or rejected; none above it is."""
     space, pool = built
     rejections = read_back(space)
@@ -166,7 +113,7 @@ def test_a_pool_is_the_accepted_part_of_the_first_candidates_that_suffice(built)
         assert accepted & rejected == set()
 
 
-def test_every_rejection_is_kept_named_and_counted(built):
+def test_every_rejection_is_kept_named_and_counted(built, read_back):
     space, pool = built
     rejections = read_back(space)
     reasons = Counter(item.reason for item in rejections)
@@ -177,7 +124,7 @@ def test_every_rejection_is_kept_named_and_counted(built):
     assert pool.manifest.parents == {"model": space.model_id, "task": "d"}
 
 
-def test_the_last_metrics_that_are_logged_are_those_of_the_pool(built, resumable):
+def test_the_last_metrics_that_are_logged_are_those_of_the_pool(built, resumable, make_config, read_back):
     logged: dict[str, float] = {}
     steps: list[int] = []
 
@@ -199,7 +146,9 @@ def test_the_last_metrics_that_are_logged_are_those_of_the_pool(built, resumable
 # ---- other settings
 
 
-def test_a_changed_rule_curates_the_stored_candidates_again_into_a_pool_of_its_own(built, resumable):
+def test_a_changed_rule_curates_the_stored_candidates_again_into_a_pool_of_its_own(
+    built, resumable, make_config, build, read_back
+):
     short = LOOSE.model_copy(update={"max_output_tokens": 14})
     strict = make_config(num_rows=4, max_candidates=64, curate=short)
     pool = build(resumable, strict, num_replicas=None)
@@ -213,11 +162,13 @@ def test_a_changed_rule_curates_the_stored_candidates_again_into_a_pool_of_its_o
     }
 
 
-def test_dev_and_test_prompts_are_kept_out_of_a_pool(built, resumable):
+def test_dev_and_test_prompts_are_kept_out_of_a_pool(built, resumable, make_config, build, read_back):
     """The first row of a source becomes a test row: it is rejected, and another takes its place."""
     first = next(row for row in built[1].rows if row.source == "web")
     held_out = SeedTask(task_id="x", messages=first.messages)
-    task = dataclasses.replace(TASK, rows_by_split={**TASK.rows_by_split, "test": (held_out,)}, digest="e")
+    task = dataclasses.replace(
+        resumable.task, rows_by_split={**resumable.task.rows_by_split, "test": (held_out,)}, digest="e"
+    )
     config = make_config(num_rows=8)
     pool = build(dataclasses.replace(resumable, task=task), config, num_replicas=None)
     rejections = read_back(dataclasses.replace(resumable, task=task), config)
@@ -226,11 +177,11 @@ def test_dev_and_test_prompts_are_kept_out_of_a_pool(built, resumable):
     assert {item.row_id for item in rejections if item.reason == "overlaps_eval"} == {first.row_id}
 
 
-def test_the_name_of_a_pool_changes_with_all_that_decides_its_rows(opened):
+def test_the_name_of_a_pool_changes_with_all_that_decides_its_rows(opened, make_config):
     spaces = [
         opened,
         dataclasses.replace(opened, model_id="other"),
-        dataclasses.replace(opened, task=dataclasses.replace(TASK, digest="e")),
+        dataclasses.replace(opened, task=dataclasses.replace(opened.task, digest="e")),
         dataclasses.replace(opened, chat=dataclasses.replace(opened.chat, template_hash="f")),
     ]
     names = [pool_fingerprint(make_config(), item) for item in spaces]
@@ -250,7 +201,9 @@ def test_the_name_of_a_pool_changes_with_all_that_decides_its_rows(opened):
 # ---- never silently less
 
 
-def test_a_source_that_runs_out_is_an_error_with_the_numbers_and_leaves_no_pool(resumable):
+def test_a_source_that_runs_out_is_an_error_with_the_numbers_and_leaves_no_pool(
+    resumable, make_config, build
+):
     config = make_config(num_rows=400, max_candidates=16)
     with pytest.raises(PoolError) as refused:
         build(resumable, config, num_replicas=None)
@@ -265,158 +218,16 @@ def test_a_source_that_runs_out_is_an_error_with_the_numbers_and_leaves_no_pool(
     assert not is_finished(resumable.address("pools", pool_fingerprint(config, resumable)))
 
 
-def test_nothing_stored_and_no_engine_is_an_error_and_not_an_empty_pool(space):
+def test_nothing_stored_and_no_engine_is_an_error_and_not_an_empty_pool(space, build):
     with pytest.raises(PoolError, match=r"source 'web' gave 0 of 24 rows .* \(rejected: {}\)"):
         build(space, num_replicas=None)
-
-
-# ---- rounds, files of rows, and when a source ends
-
-
-def make_source(name: str, method: str | None = None, **fields: object) -> SourceConfig:
-    synthesizer = MethodConfig(method=f"delia.methods.synthesizer.{method}") if method else None
-    return SourceConfig(name=name, synthesizer=synthesizer, **{"num_rows": 6, **fields})
-
-
-def make_pool_config(*sources: SourceConfig, stop: StopConfig | None = None) -> PoolConfig:
-    synthesize = SynthesizeConfig(sources=sources, sampling=SamplingConfig(max_tokens=16), chunk_size=8)
-    return PoolConfig(synthesize=synthesize, curate=LOOSE, stop=stop or StopConfig())
-
-
-def write_rows(path: Path, *questions: str) -> TaskConfig:
-    rows = [
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": f"about {text}"}]}
-        for text in questions
-    ]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return TaskConfig(path=str(path), licence="MIT")
-
-
-WEB = make_config().synthesize.sources[0]
-
-
-def test_a_source_feeds_on_the_accepted_rows_of_a_closed_one(space, local_stage):
-    local_stage()
-    answers = make_source("answers", "answering.Answering", feeds_on=("web",), num_rows=4, max_candidates=8)
-    config = make_pool_config(WEB.model_copy(update={"num_rows": 8}), answers)
-    rows = build(space, config).rows
-    web = [row for row in rows if row.source == "web"]
-    answered = [row for row in rows if row.source == "answers"]
-
-    assert [row.instruction for row in answered] == [web[row.index].instruction for row in answered]
-    assert len(answered) == 4
-    assert [row.messages[-1] for row in answered] != [web[row.index].messages[-1] for row in answered]
-
-
-def test_what_a_source_feeds_on_decides_its_recipe(space, local_stage):
-    """A larger first round is another one: its second round can't be taken from storage."""
-    local_stage()
-    answers = make_source("answers", "answering.Answering", feeds_on=("web",), num_rows=4)
-    for num_rows in (8, 9):
-        config = make_pool_config(WEB.model_copy(update={"num_rows": num_rows}), answers)
-        build(space, config)
-
-    assert len(list((Path(space.output_dir) / "candidates").iterdir())) == 1 + 2
-
-
-def test_rows_of_a_file_become_a_source_in_the_files_order_and_cost_nothing(space, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", "the fox", "the owl", "the fox", "the cat")
-    config = make_pool_config(make_source("file", rows=rows, num_rows=3))
-    pool = build(space, config, num_replicas=None)
-
-    assert [row.instruction for row in pool.rows] == ["the fox", "the owl", "the cat"]
-    assert len({row.row_id for row in pool.rows}) == 3
-    assert pool.manifest.details["cost"]["output_tokens"] == 0
-    assert [(item.reason, item.index) for item in read_back(space, config)] == [("duplicate", 2)]
-
-
-def test_an_imported_row_is_known_by_its_content_wherever_it_stands(opened, tmp_path):
-    ids = []
-    for number, questions in enumerate((("the fox", "the owl"), ("the owl", "the fox"))):
-        space = dataclasses.replace(opened, output_dir=str(tmp_path / str(number)))
-        rows = write_rows(tmp_path / "rows.jsonl", *questions)
-        pool = build(space, make_pool_config(make_source("f", rows=rows, num_rows=2)), num_replicas=None)
-        ids.append({row.instruction: row.row_id for row in pool.rows})
-
-    assert ids[0] == ids[1]
-
-
-def test_a_source_that_says_nothing_new_ends_early_and_says_so(space, tmp_path):
-    rows = write_rows(
-        tmp_path / "rows.jsonl", *("the fox", "the owl", "the cat", "the dog"), *["the fox"] * 20
-    )
-    stop = StopConfig(min_new_share=0.3, window=8)
-    config = make_pool_config(make_source("file", rows=rows, num_rows=20), stop=stop)
-    pool = build(space, config, num_replicas=None)
-
-    assert len(pool.rows) == 4
-    assert pool.manifest.counts["rejected_duplicate"] == 6  # 2 of the last 8 are new
-    assert pool.manifest.details["stopped"] == {
-        "file": "novelty: 4 of 20 rows, 0 output tokens, 0.25 of the last instructions new"
-    }
-
-
-def test_a_budget_of_tokens_ends_a_source_at_a_place_that_its_candidates_decide(
-    opened, local_stage, tmp_path
-):
-    pools = []
-    for order_seed in (None, 3):
-        local_stage(order_seed)
-        space = dataclasses.replace(opened, output_dir=str(tmp_path / str(order_seed)))
-        config = make_pool_config(WEB, stop=StopConfig(max_output_tokens=200))
-        pools.append(build(space, config))
-    decided = [*pools[0].rows, *read_back(space, config)]
-
-    assert pools[0].rows == pools[1].rows
-    assert 200 <= sum(item.num_output_tokens for item in decided) < 200 + 2 * 16
-    assert pools[0].manifest.details["stopped"]["web"].startswith("tokens: ")
-
-
-def test_a_source_that_ends_with_nothing_is_an_error(space, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", "the fox")
-    config = make_pool_config(make_source("f", rows=rows), stop=StopConfig(window=1, min_new_share=0.5))
-    with pytest.raises(PoolError, match="gave 1 of 6 rows before its candidates ran out"):
-        build(space, config, num_replicas=None)
-
-
-def test_a_prompt_without_room_is_a_named_rejection_and_ends_no_job(space, local_stage):
-    local_stage()
-    config = make_pool_config(WEB.model_copy(update={"num_rows": 100, "max_candidates": 8}))
-    short = config.model_copy(update={"synthesize": config.synthesize.model_copy(update={"max_length": 30})})
-    with pytest.raises(PoolError, match=r"rejected: {.*'prompt_too_long': \d"):
-        build(space, short)
-
-
-def test_the_engines_own_limit_decides_no_text(opened, local_stage, tmp_path):
-    local_stage()
-    synthesize = make_pool_config(WEB).synthesize.model_copy(update={"max_length": 50})
-    config = make_pool_config(WEB).model_copy(update={"synthesize": synthesize})
-    roots = []
-    for max_model_len in (50, 512):
-        space = dataclasses.replace(opened, output_dir=str(tmp_path / str(max_model_len)))
-        engine = EngineConfig(kind="scripted", max_model_len=max_model_len)
-        roots.append(build_pool(config, space, engine=engine, log=lambda metrics, step: None).manifest.root)
-        reasons = Counter(item.reason for item in read_back(space, config))
-
-    assert roots[0] == roots[1]
-    assert reasons["unfinished"] + reasons["prompt_too_long"] > 0
-    with pytest.raises(ConfigError, match=r"max_length=50 is over engine\.max_model_len=49"):
-        engine = EngineConfig(kind="scripted", max_model_len=49)
-        build_pool(
-            make_pool_config(WEB).model_copy(
-                update={"synthesize": synthesize.model_copy(update={"chunk_size": 4})}
-            ),
-            opened,
-            engine=engine,
-            log=lambda metrics, step: None,
-        )
 
 
 # ---- the real engine
 
 
 @pytest.mark.system
-def test_two_replicas_of_vllm_write_the_256_candidates_and_the_pool_of_one(cluster, opened, tmp_path):
+def test_two_replicas_of_vllm_write_the_256_candidates_and_the_pool_of_one(cluster, opened, tmp_path, build):
     source = SourceConfig(
         name="magpie",
         synthesizer=MethodConfig(method="delia.methods.synthesizer.magpie.Magpie"),

@@ -1,0 +1,162 @@
+"""Pools of several sources: rounds, files of rows, and where a source ends."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from delia.config import MethodConfig
+from delia.curate.pipeline import CurateConfig
+from delia.curate.stopping import StopConfig
+from delia.errors import ConfigError, PoolError
+from delia.flow.pool import PoolConfig, build_pool
+from delia.generate.engine import EngineConfig, SamplingConfig
+from delia.store.tasks import TaskConfig
+from delia.synthesize.sources import SourceConfig, SynthesizeConfig
+
+LOOSE = CurateConfig(near_duplicate_threshold=None, overlap_ngram=None, max_repeated_share=None)
+
+
+def make_source(name: str, method: str | None = None, **fields: object) -> SourceConfig:
+    synthesizer = MethodConfig(method=f"delia.methods.synthesizer.{method}") if method else None
+    return SourceConfig(name=name, synthesizer=synthesizer, **{"num_rows": 6, **fields})
+
+
+def make_pool_config(*sources: SourceConfig, stop: StopConfig | None = None) -> PoolConfig:
+    synthesize = SynthesizeConfig(sources=sources, sampling=SamplingConfig(max_tokens=16), chunk_size=8)
+    return PoolConfig(synthesize=synthesize, curate=LOOSE, stop=stop or StopConfig())
+
+
+def write_rows(path: Path, *questions: str) -> TaskConfig:
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": f"about {text}"}]}
+        for text in questions
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return TaskConfig(path=str(path), licence="MIT")
+
+
+@pytest.fixture
+def web_source(make_config) -> SourceConfig:
+    return make_config().synthesize.sources[0]
+
+
+def test_a_source_feeds_on_the_accepted_rows_of_a_closed_one(space, local_stage, build, web_source):
+    local_stage()
+    answers = make_source("answers", "answering.Answering", feeds_on=("web",), num_rows=4, max_candidates=8)
+    config = make_pool_config(web_source.model_copy(update={"num_rows": 8}), answers)
+    rows = build(space, config).rows
+    web = [row for row in rows if row.source == "web"]
+    answered = [row for row in rows if row.source == "answers"]
+
+    assert [row.instruction for row in answered] == [web[row.index].instruction for row in answered]
+    assert len(answered) == 4
+    assert [row.messages[-1] for row in answered] != [web[row.index].messages[-1] for row in answered]
+
+
+def test_what_a_source_feeds_on_decides_its_recipe(space, local_stage, build, web_source):
+    """A larger first round is another one: its second round can't be taken from storage."""
+    local_stage()
+    answers = make_source("answers", "answering.Answering", feeds_on=("web",), num_rows=4)
+    for num_rows in (8, 9):
+        config = make_pool_config(web_source.model_copy(update={"num_rows": num_rows}), answers)
+        build(space, config)
+
+    assert len(list((Path(space.output_dir) / "candidates").iterdir())) == 1 + 2
+
+
+def test_rows_of_a_file_become_a_source_in_the_files_order_and_cost_nothing(
+    space, tmp_path, build, read_back
+):
+    rows = write_rows(tmp_path / "rows.jsonl", "the fox", "the owl", "the fox", "the cat")
+    config = make_pool_config(make_source("file", rows=rows, num_rows=3))
+    pool = build(space, config, num_replicas=None)
+
+    assert [row.instruction for row in pool.rows] == ["the fox", "the owl", "the cat"]
+    assert len({row.row_id for row in pool.rows}) == 3
+    assert pool.manifest.details["cost"]["output_tokens"] == 0
+    assert [(item.reason, item.index) for item in read_back(space, config)] == [("duplicate", 2)]
+
+
+def test_an_imported_row_is_known_by_its_content_wherever_it_stands(opened, tmp_path, build):
+    ids = []
+    for number, questions in enumerate((("the fox", "the owl"), ("the owl", "the fox"))):
+        space = dataclasses.replace(opened, output_dir=str(tmp_path / str(number)))
+        rows = write_rows(tmp_path / "rows.jsonl", *questions)
+        pool = build(space, make_pool_config(make_source("f", rows=rows, num_rows=2)), num_replicas=None)
+        ids.append({row.instruction: row.row_id for row in pool.rows})
+
+    assert ids[0] == ids[1]
+
+
+def test_a_source_that_says_nothing_new_ends_early_and_says_so(space, tmp_path, build):
+    rows = write_rows(
+        tmp_path / "rows.jsonl", *("the fox", "the owl", "the cat", "the dog"), *["the fox"] * 20
+    )
+    stop = StopConfig(min_new_share=0.3, window=8)
+    config = make_pool_config(make_source("file", rows=rows, num_rows=20), stop=stop)
+    pool = build(space, config, num_replicas=None)
+
+    assert len(pool.rows) == 4
+    assert pool.manifest.counts["rejected_duplicate"] == 6  # 2 of the last 8 are new
+    assert pool.manifest.details["stopped"] == {
+        "file": "novelty: 4 of 20 rows, 0 output tokens, 0.25 of the last instructions new"
+    }
+
+
+def test_a_budget_of_tokens_ends_a_source_at_a_place_that_its_candidates_decide(
+    opened, local_stage, tmp_path, build, read_back, web_source
+):
+    pools = []
+    for order_seed in (None, 3):
+        local_stage(order_seed)
+        space = dataclasses.replace(opened, output_dir=str(tmp_path / str(order_seed)))
+        config = make_pool_config(web_source, stop=StopConfig(max_output_tokens=200))
+        pools.append(build(space, config))
+    decided = [*pools[0].rows, *read_back(space, config)]
+
+    assert pools[0].rows == pools[1].rows
+    assert 200 <= sum(item.num_output_tokens for item in decided) < 200 + 2 * 16
+    assert pools[0].manifest.details["stopped"]["web"].startswith("tokens: ")
+
+
+def test_a_source_that_ends_with_nothing_is_an_error(space, tmp_path, build):
+    rows = write_rows(tmp_path / "rows.jsonl", "the fox")
+    config = make_pool_config(make_source("f", rows=rows), stop=StopConfig(window=1, min_new_share=0.5))
+    with pytest.raises(PoolError, match="gave 1 of 6 rows before its candidates ran out"):
+        build(space, config, num_replicas=None)
+
+
+def test_a_prompt_without_room_is_a_named_rejection_and_ends_no_job(space, local_stage, build, web_source):
+    local_stage()
+    config = make_pool_config(web_source.model_copy(update={"num_rows": 100, "max_candidates": 8}))
+    short = config.model_copy(update={"synthesize": config.synthesize.model_copy(update={"max_length": 30})})
+    with pytest.raises(PoolError, match=r"rejected: {.*'prompt_too_long': \d"):
+        build(space, short)
+
+
+def test_the_engines_own_limit_decides_no_text(opened, local_stage, tmp_path, read_back, web_source):
+    local_stage()
+    synthesize = make_pool_config(web_source).synthesize.model_copy(update={"max_length": 50})
+    config = make_pool_config(web_source).model_copy(update={"synthesize": synthesize})
+    roots = []
+    for max_model_len in (50, 512):
+        space = dataclasses.replace(opened, output_dir=str(tmp_path / str(max_model_len)))
+        engine = EngineConfig(kind="scripted", max_model_len=max_model_len)
+        roots.append(build_pool(config, space, engine=engine, log=lambda metrics, step: None).manifest.root)
+        reasons = Counter(item.reason for item in read_back(space, config))
+
+    assert roots[0] == roots[1]
+    assert reasons["unfinished"] + reasons["prompt_too_long"] > 0
+    with pytest.raises(ConfigError, match=r"max_length=50 is over engine\.max_model_len=49"):
+        engine = EngineConfig(kind="scripted", max_model_len=49)
+        build_pool(
+            make_pool_config(web_source).model_copy(
+                update={"synthesize": synthesize.model_copy(update={"chunk_size": 4})}
+            ),
+            opened,
+            engine=engine,
+            log=lambda metrics, step: None,
+        )
