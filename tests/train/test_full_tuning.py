@@ -1,6 +1,7 @@
 """Full tuning: what is trained, stepped, kept, resumed and written is a model of its own that HF loads as any."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -65,6 +66,23 @@ def test_what_is_written_is_a_model_with_the_last_step_s_loss(
     assert index["weight_map"] == {name: file for file, values in files.items() for name in values}
     num_bytes = sum(value.nbytes for values in files.values() for value in values.values())
     assert index["metadata"]["total_size"] == num_bytes
+
+
+def test_a_head_that_lies_in_the_files_of_a_tied_base_is_untied_too(
+    train_here, make_full, tiny_llama, tmp_path
+):
+    shutil.copytree(tiny_llama.path, tmp_path / "base")
+    weights = load_file(tmp_path / "base" / WHOLE)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "base" / WHOLE, metadata={"format": "pt"})
+    expected, found = (
+        train_here(make_full(base)) for base in (None, ModelConfig(path=str(tmp_path / "base")))
+    )
+    assert found.losses == expected.losses
+    assert not AutoModelForCausalLM.from_pretrained(found.adapter).config.tie_word_embeddings
+    ours, theirs = (load_file(run.adapter / WHOLE) for run in (found, expected))
+    assert ours.keys() == theirs.keys()
+    assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
 
 
 def test_without_a_token_a_tied_model_stays_tied(train_here, make_full):

@@ -77,7 +77,7 @@ def _write_model(model: PreTrainedModel, folder: Path, *, base: ModelConfig) -> 
     files, rows, is_first = find_weights(directory), model.get_input_embeddings(), dist.get_rank() == 0
     deltas_KD = _gather(rows.deltas_KD) if isinstance(rows, TokenRows) else None
     embedding = next(f"{name}.weight" for name, module in model.named_modules() if module is rows)
-    is_untied = deltas_KD is not None and HEAD not in files.file_by_name
+    lacks_head = deltas_KD is not None and HEAD not in files.file_by_name
     totals: Counter[str] = Counter()
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def _write_model(model: PreTrainedModel, folder: Path, *, base: ModelConfig) -> 
         if not is_first:
             continue
         if deltas_KD is not None and embedding in tensors:
-            if is_untied:
+            if lacks_head:
                 tensors[HEAD] = tensors[embedding].clone()
             tensors[embedding][list(cast(TokenRows, rows).token_ids)] += deltas_KD
         dtype = getattr(torch, base.dtype)
@@ -98,8 +98,8 @@ def _write_model(model: PreTrainedModel, folder: Path, *, base: ModelConfig) -> 
         write_tensors(folder / file, tensors, {"format": "pt"})
         totals.update(measure_tensors(tensors))
     if is_first:
-        write_index(files, folder, totals, new_head_from=embedding if is_untied else None)
-        write_model_config(directory, folder, is_untied=is_untied, dtype=base.dtype)
+        write_index(files, folder, totals, new_head_from=embedding if lacks_head else None)
+        write_model_config(directory, folder, is_untied=deltas_KD is not None, dtype=base.dtype)
 
 
 def _gather(value: Tensor) -> Tensor:
