@@ -40,7 +40,7 @@ def move(model) -> None:
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
-def read_alone(model, rows) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def read_alone(model, rows) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the mean loss over trained tokens and its gradients, a row at a time, by transformers alone."""
     total, num_trained = torch.zeros(()), 0
     for place in range(len(rows)):
@@ -50,7 +50,17 @@ def read_alone(model, rows) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         num_trained += int(mask[1:].sum())
     model.zero_grad()
     (total / num_trained).backward()
-    return total / num_trained, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return float(total.detach()) / num_trained, gradients
+
+
+def read_packed(model, rows, micro_batches) -> float:
+    """Return the mean loss over trained tokens as training computes it; the model has its gradients."""
+    use_packed_attention(model)
+    prepare_loss(model, read_head(model))
+    model.zero_grad()
+    num_trained = int(rows.num_trained_R.sum())
+    return accumulate_gradients(model, rows, micro_batches, num_trained=num_trained, num_workers=1)
 
 
 @pytest.mark.parametrize("chunk", [3, 1000])
@@ -62,12 +72,7 @@ def test_packed_gradients_are_those_of_each_row_alone(make_shape, monkeypatch, s
     move(model)
     expected_loss, expected = read_alone(model, rows)
 
-    use_packed_attention(model)
-    prepare_loss(model, read_head(model))
-    model.zero_grad()
-    num_trained = int(rows.num_trained_R.sum())
-    loss = accumulate_gradients(model, rows, [list(range(5))], num_trained=num_trained, num_workers=1)
-    assert loss == pytest.approx(float(expected_loss.detach()), rel=1e-5)
+    assert read_packed(model, rows, [list(range(5))]) == pytest.approx(expected_loss, rel=1e-5)
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert gradients.keys() == expected.keys()
     assert len(expected) == 2 * 4 * 2 + 1
@@ -82,12 +87,7 @@ def test_full_tuning_s_packed_gradients_are_those_of_each_row_alone(make_shape, 
     move(model)
     expected_loss, expected = read_alone(model, rows)
 
-    use_packed_attention(model)
-    prepare_loss(model, read_head(model))
-    model.zero_grad()
-    num_trained = int(rows.num_trained_R.sum())
-    loss = accumulate_gradients(model, rows, [[0, 3], [1, 2, 4]], num_trained=num_trained, num_workers=1)
-    assert loss == pytest.approx(float(expected_loss.detach()), rel=1e-5)
+    assert read_packed(model, rows, [[0, 3], [1, 2, 4]]) == pytest.approx(expected_loss, rel=1e-5)
     parameters = dict(model.named_parameters())
     assert expected.keys() == parameters.keys()
     for name, gradient in expected.items():
