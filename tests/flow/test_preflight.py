@@ -101,6 +101,7 @@ def test_a_stage_that_would_move_nothing_is_refused():
     check_stages(with_token, make_stages(ROWS, BOTH, ON_TOKEN_ROWS))
     check_stages(with_token, make_stages(ROWS, lora=None))
     check_stages(make_task(), make_stages(BOTH))
+    check_stages(make_task(), make_stages(StageConfig(max_steps=1, parts=("base",)), lora=None))
     for task, arms in (
         (make_task(), make_stages(BOTH, ROWS)),
         (make_task(), make_stages(ON_TOKEN_ROWS)),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from mlflow.entities import Run
 
 from delia.config import load_yaml
 from delia.errors import ConfigError
@@ -74,26 +75,36 @@ def config(tmp_path, monkeypatch) -> SearchConfig:
     )
 
 
-def read_runs(config: SearchConfig) -> dict[str, str]:
-    tracker = Tracker(TrackConfig(), default_store=f"{config.recipe.output_dir}/mlflow.db")
-    experiment = tracker.client.get_experiment_by_name("delia")
-    return {
-        run.info.run_name: run.info.status for run in tracker.client.search_runs([experiment.experiment_id])
-    }
+def open_tracker(config: SearchConfig) -> Tracker:
+    return Tracker(TrackConfig(), default_store=f"{config.recipe.output_dir}/mlflow.db")
+
+
+def read_runs(config: SearchConfig) -> dict[str, Run]:
+    client = open_tracker(config).client
+    experiment = client.get_experiment_by_name("delia")
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
 
 
 def test_a_campaign_leaves_a_run_a_trial_and_settings_to_adapt_with(cluster, config):
+    """A trial breaks: at its rate the second step's loss is no number. ASHA scores the others at every rung."""
     with pytest.raises(ConfigError, match="delia: diverse_ratio 10"):
         open_job(config.recipe)
+    train = config.recipe.arm.train.model_copy(update={"max_failures": 0})
+    arm = config.recipe.arm.model_copy(update={"train": train})
+    recipe = config.recipe.model_copy(update={"arm": arm})
+    settings = {"learning_rate_factors": (1.0, 1e36), "scheduler": "asha", "rungs": (0.5, 1.0)}
+    config = config.model_copy(update={"recipe": recipe, **settings})
     said: list[str] = []
     outcome = search(config, say=said.append)
 
     assert set(outcome.tradeoffs) == {"ratio-0-rate-1", "rows-only"}
     assert outcome.chosen in outcome.tradeoffs
-    assert said == ["search: 2 trials: ratio-0-rate-1, rows-only"]
-    assert read_runs(config) == {
+    assert said == ["search: 3 trials: ratio-0-rate-1, ratio-0-rate-1e+36, rows-only"]
+    runs = read_runs(config)
+    assert {name: run.info.status for name, run in runs.items()} == {
         "search": "FINISHED",
         "trial ratio-0-rate-1": "FINISHED",
+        "trial ratio-0-rate-1e+36": "FAILED",
         "trial rows-only": "FINISHED",
     }
     filesystem, path = open_filesystem(outcome.config_address)
@@ -103,41 +114,10 @@ def test_a_campaign_leaves_a_run_a_trial_and_settings_to_adapt_with(cluster, con
     assert chosen.arm == plan_trials(config)[outcome.chosen]
     assert chosen.baselines == {}
 
-
-def test_a_trial_that_breaks_is_closed_as_failed_and_the_others_are_kept(cluster, config):
-    """At such a rate the second step's loss is no number."""
-    train = config.recipe.arm.train.model_copy(update={"max_failures": 0})
-    arm = config.recipe.arm.model_copy(update={"train": train})
-    recipe = config.recipe.model_copy(update={"arm": arm})
-    outcome = search(
-        config.model_copy(update={"recipe": recipe, "learning_rate_factors": (1e36,)}),
-        say=lambda text: None,
-    )
-    assert set(outcome.tradeoffs) == {"rows-only"}
-    assert read_runs(config) == {
-        "search": "FINISHED",
-        "trial ratio-0-rate-1e+36": "FAILED",
-        "trial rows-only": "FINISHED",
-    }
-
-
-def test_asha_scores_every_rung_and_the_last_is_the_whole_training(cluster, config):
-    settings = {"scheduler": "asha", "rungs": (0.5, 1.0)}
-    outcome = search(config.model_copy(update=settings), say=lambda text: None)
-    assert set(outcome.tradeoffs) == {"ratio-0-rate-1", "rows-only"}
-
-    tracker = Tracker(TrackConfig(), default_store=f"{config.recipe.output_dir}/mlflow.db")
-    experiment = tracker.client.get_experiment_by_name("delia")
-    trials = [
-        run
-        for run in tracker.client.search_runs([experiment.experiment_id])
-        if run.info.run_name.startswith("trial")
-    ]
-    histories = [
-        [item.step for item in tracker.client.get_metric_history(run.info.run_id, "search/best_score")]
-        for run in trials
-    ]
-    assert histories == [[1, 2], [1, 2]]
+    tracker = open_tracker(config)
+    for name in ("trial ratio-0-rate-1", "trial rows-only"):
+        history = tracker.client.get_metric_history(runs[name].info.run_id, "search/best_score")
+        assert [item.step for item in history] == [1, 2]
     steps = {
         read_manifest(str(path.parent), kind="adapter").details["train"]["stages"][0]["max_steps"]
         for path in Path(config.recipe.output_dir).glob("adapters/*/manifest.json")

@@ -103,7 +103,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     HfFileSystem.clear_instance_cache()
     yield server
-    server.shutdown()
+    server.shutdown()  # a second time is none
     server.server_close()
     HfFileSystem.clear_instance_cache()
 
@@ -147,11 +147,27 @@ def test_its_rows_are_a_source_of_a_pool(hub):
     assert [len(batch.candidates) for batch in batches] == [2, 1]
 
 
-def test_a_revision_must_be_named():
-    with pytest.raises(
-        TaskFileError, match="without a revision, which may change under a job; name a commit"
-    ):
-        read_task(TaskConfig(path="hf://datasets/org/name"))
+@pytest.mark.parametrize("path", ["org/name", "org/name@main", "org/name/a@b", f"org/name@{COMMIT[1:]}"])
+def test_a_commit_must_be_named(path):
+    with pytest.raises(TaskFileError, match="named with its commit, since a branch may change under a job"):
+        read_task(TaskConfig(path=f"hf://datasets/{path}"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.parquet", "data/train-00000-of-00001.parquet"),
+        ("data/train.parquet", "data/train-00000-of-00001.parquet"),
+        ("data/train-00000-of-00002.parquet",),
+        ("data/train-00000-of-00002.parquet", "data/train-00001-of-00003.parquet"),
+        ("data/validation.parquet", "data/dev.parquet", "data/train.parquet"),
+    ],
+)
+def test_a_split_in_two_forms_or_with_a_shard_missing_is_refused(hub, names):
+    for number, name in enumerate(names):
+        write_shard(hub.folder, name, f"number {number}")
+    with pytest.raises(TaskFileError, match="are not each shard of one form once"):
+        read()
 
 
 def test_what_the_hub_lacks_is_said_with_the_address(hub):
@@ -161,5 +177,13 @@ def test_what_the_hub_lacks_is_said_with_the_address(hub):
         TaskFileError, match=r"hf://datasets/org/name@1+: no form of a task; .*found \['data'\]"
     ):
         read()
-    with pytest.raises(TaskFileError, match=r"gone@main: can't be read: "):
-        read_task(TaskConfig(path="hf://datasets/org/gone@main"))
+    with pytest.raises(TaskFileError, match=r"gone@1+: can't be read: "):
+        read_task(TaskConfig(path=f"hf://datasets/org/gone@{COMMIT}"))
+
+
+def test_a_hub_that_is_not_reached_is_said_so(hub):
+    write_shard(hub.folder, "data/train-00000-of-00001.parquet", "the fox")
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(TaskFileError, match=r"the hub can't be read: .*HF_ENDPOINT"):
+        read()

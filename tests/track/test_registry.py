@@ -88,6 +88,15 @@ def test_a_changed_adapter_can_not_replace_what_its_run_registered(
     assert digest_directory(fetch_adapter(tracker, "models:/changed/1", tmp_path / "got")) == before
 
 
+def test_what_full_tuning_left_is_registered_as_an_adapter_is(
+    tracker: Tracker, run: Run, adapter: Path, tmp_path: Path
+):
+    (adapter / "adapter_config.json").rename(adapter / "config.json")
+    (adapter / "adapter_model.safetensors").rename(adapter / "model.safetensors")
+    made = register_adapter(tracker, run, adapter, name="tuned", tags={})
+    assert digest_directory(fetch_adapter(tracker, made.uri, tmp_path / "got")) == digest_directory(adapter)
+
+
 def test_a_directory_that_is_no_adapter_is_refused(tracker: Tracker, run: Run, tmp_path: Path):
     with pytest.raises(StoreError, match=r"no adapter_config\.json"):
         register_adapter(tracker, run, tmp_path, name="empty", tags={})

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import select
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from delia.train.rows import TASK, join_rows
 from delia.train.settings import StageConfig, TrainConfig
 
 TOKEN = 7
+PATIENCE = 600
 MakeInput = Callable[..., TrainInput]
 
 
@@ -192,6 +194,16 @@ def train_together(tmp_path_factory) -> Iterator[Callable[[TrainInput], Run]]:
         command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
+    def is_done(worker: subprocess.Popen[str]) -> bool:
+        is_there = select.select([worker.stdout], [], [], PATIENCE)[0]
+        return bool(is_there) and worker.stdout.readline() == "done\n"
+
+    def stop() -> None:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        workers.clear()
+
     def train(task: TrainInput) -> Run:
         folder, num_workers = tmp_path_factory.mktemp("together"), task.config.num_workers
         (folder / "task.pickle").write_bytes(pickle.dumps(task))
@@ -200,8 +212,9 @@ def train_together(tmp_path_factory) -> Iterator[Callable[[TrainInput], Run]]:
         for rank, worker in enumerate(workers[:num_workers]):
             worker.stdin.write(json.dumps(order | {"rank": rank}) + "\n")
             worker.stdin.flush()
-        answers = [worker.stdout.readline() for worker in workers[:num_workers]]
-        assert answers == ["done\n"] * num_workers, "a worker failed: its error is above"
+        if not all(is_done(worker) for worker in workers[:num_workers]):
+            stop()  # one that is left waiting would fail the next test too
+            pytest.fail("a worker failed: its error is above")
         run = Run(adapter=folder / str(task.config.max_steps) / ADAPTER_FOLDER)
         for step, metrics in json.loads((folder / "lines.json").read_text()):
             run.enter(metrics, step)
@@ -209,9 +222,7 @@ def train_together(tmp_path_factory) -> Iterator[Callable[[TrainInput], Run]]:
         return run
 
     yield train
-    for worker in workers:
-        worker.kill()
-        worker.wait()
+    stop()
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from delia.store.weights import INDEX, WHOLE
 from delia.train.building import build_model, build_optimizer
 from delia.train.settings import MetersConfig, StageConfig, TrainConfig
 
+TOKEN = 7
 ROWS_THEN_ALL = (
     StageConfig(max_steps=2, parts=("token_rows",), rows="token", warmup_steps=0),
     StageConfig(max_steps=9, parts=("base", "token_rows"), learning_rate=3e-3, warmup_steps=0),
@@ -120,6 +121,26 @@ def test_a_resumed_run_goes_on_bit_for_bit(train_here, make_full):
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
 
 
+def test_a_checkpoint_of_two_workers_goes_on_with_one(train_here, train_together, make_full):
+    two = train_together(make_full(num_workers=2, checkpoint_every=3))
+    rest = train_here(make_full(checkpoint_every=3), two.checkpoints[3])
+    assert list(rest.losses.values()) == pytest.approx([two.losses[step] for step in rest.losses], rel=1e-5)
+    expected, found = (load_file(run.adapter / WHOLE) for run in (two, rest))
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=0)
+
+
+def test_the_token_s_own_row_learns_nothing_from_the_input(make_shape):
+    """Of a tied model it is the output row: what the token comes to mean would be what makes it be said."""
+    model = attach(make_shape("qwen2"), lora=None, token_ids=(TOKEN,), trains_base=True)
+    ids_BT = torch.tensor([[3, TOKEN, 5]])
+    model.get_decoder()(input_ids=ids_BT).last_hidden_state.square().sum().backward()
+    gradient_VD = model.get_output_embeddings().weight.grad
+    assert gradient_VD[[3, 5]].norm(dim=1).min() > 0
+    assert not gradient_VD[TOKEN].any()
+    assert model.get_input_embeddings().deltas_KD.grad.norm() > 0
+
+
 def test_over_bfloat16_steps_are_in_float32_and_the_model_is_stored_as_its_base(
     measure_loss, train_here, make_full
 ):
@@ -140,7 +161,7 @@ def test_the_directory_is_known_for_a_model_and_never_asked_for_as_a_lora(train_
     traits = read_traits(run.adapter)
     assert traits.is_whole
     assert choose_form("MistralForCausalLM", traits).form == "whole"
-    with pytest.raises(EngineError, match="model of its own"):
+    with pytest.raises(EngineError, match=r"model of its own.*; name its directory as the model"):
         check_servable(run.adapter)
 
 
@@ -182,9 +203,9 @@ def test_lora_over_a_base_that_moves_is_refused():
     assert TrainConfig(lora=None, stages=stages).trains_base
 
 
-def test_a_penalty_on_leaving_the_base_needs_it(world_of_one, make_full):
-    with pytest.raises(TrainError, match=r"train\.kl_weight needs the base as it was"):
-        build_model(make_full(kl_weight=1.0))
+def test_a_penalty_on_leaving_the_base_needs_it(make_full):
+    with pytest.raises(ValueError, match=r"kl_weight=1 needs the base as it was"):
+        make_full(kl_weight=1.0)
 
 
 def test_a_base_whose_files_use_other_names_is_refused_before_it_is_trained(

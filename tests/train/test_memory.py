@@ -78,7 +78,9 @@ def test_all_parameters_need_sixteen_bytes_each_and_nothing_frozen_beside_them()
         2 * 128256 * 4096 + 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096) + 4096
     )
     assert estimate.trained == 16 * num_parameters // 8
-    assert estimate.loading == 4 * num_parameters
+    assert estimate.loading == 2 * num_parameters
+    twice = config.model_copy(update={"stages": stages * 2})
+    assert estimate_memory(LLAMA_8B, twice, dtype="bfloat16").trained == 24 * num_parameters // 8
     lora = estimate_memory(LLAMA_8B, make_config(num_workers=8, use_gpu=True), dtype="bfloat16")
     assert lora.parameters - estimate.parameters == 2 * num_parameters // 8
 

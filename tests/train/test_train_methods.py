@@ -90,7 +90,7 @@ def test_two_workers_with_every_method_and_the_meters_do_what_one_does(
     for step, by_source in one.by_source.items():
         assert by_source.keys() == {TASK, "diverse"}
         for source, loss in by_source.items():
-            assert two.by_source[step][source] == pytest.approx(loss, rel=1e-4)
+            assert two.by_source[step][source] == pytest.approx(loss, rel=1e-4, abs=1e-6)
     assert list(two.readings) == list(one.readings) == [0, 3]
     for step, expected in one.readings.items():
         assert two.readings[step].keys() == expected.keys()

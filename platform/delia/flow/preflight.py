@@ -145,12 +145,13 @@ def check_stages(task: Task, arms: Mapping[str, ArmConfig]) -> None:
         train = arm.train
         attached = {"lora"} if train.lora else set()
         attached |= {"token_rows"} if task.tokens else set()
+        attached |= {"base"} if train.trains_base else set()
         for number, stage in enumerate(train.stages):
             if not attached & set(stage.parts) or (stage.rows == "token" and not task.tokens):
                 raise ConfigError(
                     f"{name}: stage {number} moves {list(stage.parts)} on the rows of the {stage.rows}, and there"
-                    f" is only {sorted(attached) or 'nothing'}: declare task.tokens, set train.lora, or take a"
-                    " recipe without token rows, such as starter_lingo"
+                    f" is only {sorted(attached) or 'nothing'}: declare task.tokens, set train.lora, name"
+                    " base in the stage's parts, or take a recipe without token rows, such as starter_lingo"
                 )
         moves_rows = any("token_rows" in stage.parts for stage in train.stages)
         starts_at_mean = train.token_init == "mean_instruction"

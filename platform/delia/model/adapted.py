@@ -24,7 +24,7 @@ MAGNITUDE = ".lora_magnitude_vector."
 
 
 class TokenRows(nn.Module):
-    """An input embedding whose rows of a few tokens carry a trained delta.
+    """An input embedding whose rows of a few tokens carry a trained delta, and are else not trained from here.
 
     Shapes: ids [B, T] -> [B, T, D]; `deltas_KD` belongs to `token_ids`, in order.
     """
@@ -66,6 +66,9 @@ class TokenRows(nn.Module):
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Embed ids; ids outside `token_ids` are embedded as the base does."""
         embedded_BTD: Tensor = self.embedding(ids_BT)
+        if self.embedding.weight.requires_grad:  # where the head is tied, a token's own row is its output row
+            is_own_BT1 = torch.isin(ids_BT, torch.tensor(self.token_ids, device=ids_BT.device)).unsqueeze(-1)
+            embedded_BTD = torch.where(is_own_BT1, embedded_BTD.detach(), embedded_BTD)
         # Gemma scales its rows as it embeds them; PEFT scales an embedding LoRA alike, so deltas are stored bare
         scale = getattr(self.embedding, "embed_scale", 1.0)
         for index, token_id in enumerate(self.token_ids):

@@ -191,6 +191,10 @@ def check_servable(directory: Path, architecture: str | None = None) -> None:
     """
     traits = read_traits(directory)
     needed = choose_form(architecture or next(iter(EMBEDDING_LORA)), traits)
+    if needed.form == "whole":
+        raise EngineError(
+            f"{directory}: can't be served by LoRARequest: {needed.reason}; name its directory as the model"
+        )
     if needed.form != "lora":
         raise EngineError(
             f"{directory}: can't be served by LoRARequest: {needed.reason}; export it with delia:"

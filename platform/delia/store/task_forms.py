@@ -7,6 +7,8 @@ A dataset of the hub is named with its commit, so that a job that goes on later 
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyarrow.fs as pafs
@@ -20,7 +22,10 @@ HEADER = "task.yaml"
 DATASET_SPLITS = "dataset_dict.json"
 HUB_SCHEME = "hf://"
 HUB_DATA = "data"
-SHARD = re.compile(r"(?P<split>[a-z]+)(-\d{5}-of-\d{5}(-[0-9a-f]+)?)?\.(jsonl|parquet)")
+HUB_NAME = re.compile(r"hf://datasets/[^/@]+/[^/@]+@[0-9a-f]{40}(/.*)?")
+SHARD = re.compile(
+    r"(?P<split>[a-z]+)(-(?P<number>\d{5})-of-(?P<total>\d{5})(-[0-9a-f]+)?)?\.(?P<suffix>jsonl|parquet)"
+)
 """A file of a dataset on the hub: of a whole split, or one of its shards."""
 SPLIT_BY_NAME: dict[str, Split] = {"train": "train", "dev": "dev", "validation": "dev", "test": "test"}
 
@@ -38,12 +43,12 @@ def find_form(path: str) -> TaskForm:
     """Look at what lies at a path.
 
     Raises:
-        TaskFileError: Nothing, nothing that is a task, or a dataset of the hub without a revision.
+        TaskFileError: Nothing, nothing that is a task, or a dataset of the hub without a commit.
     """
-    if path.startswith(HUB_SCHEME) and "@" not in path:
+    if path.startswith(HUB_SCHEME) and not HUB_NAME.fullmatch(path):
         raise TaskFileError(
-            f"{path}: a dataset of the hub without a revision, which may change under a job; name a commit:"
-            " hf://datasets/ORG/NAME@COMMIT"
+            f"{path}: a dataset of the hub is named with its commit, since a branch may change under a job:"
+            " hf://datasets/ORG/NAME@COMMIT, of 40 hexadecimal digits"
         )
     try:
         filesystem, inner = open_filesystem(path)
@@ -72,19 +77,53 @@ def find_form(path: str) -> TaskForm:
 
 
 def _find_shards(path: str, names: list[str]) -> dict[Split, list[str]]:
-    """Return the files of each split of a dataset on the hub; other splits are left out, nothing without train."""
-    found: dict[Split, list[str]] = {}
+    """Return the files of each split of a dataset on the hub; other splits are left out, nothing without train.
+
+    Raises:
+        TaskFileError: A split is there in two forms, or lacks a shard.
+    """
+    found: dict[Split, list[tuple[str, re.Match[str]]]] = {}
     folders = {
         path: names,
         join(path, HUB_DATA): list_names(join(path, HUB_DATA)) if HUB_DATA in names else [],
     }
     for folder, files in folders.items():
-        for name in files:
-            match = SHARD.fullmatch(name)
-            split = SPLIT_BY_NAME.get(match["split"]) if match else None
-            if split is not None:
-                found.setdefault(split, []).append(join(folder, name))
-    return found if "train" in found else {}
+        for match in filter(None, map(SHARD.fullmatch, files)):
+            if match["split"] in SPLIT_BY_NAME:
+                found.setdefault(SPLIT_BY_NAME[match["split"]], []).append((folder, match))
+    for split, shards in found.items():
+        numbers = [int(match["number"] or 0) for _, match in shards]
+        forms = {(folder, match["split"], match["total"], match["suffix"]) for folder, match in shards}
+        if len(forms) > 1 or sorted(numbers) != list(range(int(shards[0][1]["total"] or 1))):
+            raise TaskFileError(
+                f"{path}: the files of {split} are not each shard of one form once:"
+                f" {[match[0] for _, match in shards]}; name one file"
+            )
+    addresses = {
+        split: [join(folder, match[0]) for folder, match in sorted(shards, key=lambda item: item[1][0])]
+        for split, shards in found.items()
+    }
+    return addresses if "train" in found else {}
+
+
+@contextmanager
+def naming_hub_errors(path: str) -> Iterator[None]:
+    """Turn what the hub's client raises when the hub can't be reached into the error of a task file.
+
+    Raises:
+        TaskFileError: In the place of an error of transport, which is no `OSError` there.
+    """
+    if not path.startswith(HUB_SCHEME):
+        yield
+        return
+    from httpx2 import HTTPError  # late: what the hub's client brings, and for hub datasets alone
+
+    try:
+        yield
+    except (HTTPError, OSError) as error:
+        raise TaskFileError(
+            f"{path}: the hub can't be read: {error}; see whether this machine reaches it (HF_ENDPOINT, HF_HUB_OFFLINE)"
+        ) from error
 
 
 def _match_splits(path: str, names: list[str]) -> dict[Split, list[str]]:

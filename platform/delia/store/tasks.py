@@ -24,7 +24,7 @@ from delia.schema import SPLITS, SeedTask, Split, Task, hash_messages
 from delia.store.tables import join, list_names, open_filesystem, read_bytes, write_bytes
 from delia.store.task_columns import ColumnMapping, check_text, render_row
 from delia.store.task_files import SUFFIXES, RawRow, read_raw_rows
-from delia.store.task_forms import HEADER, HUB_SCHEME, SPLIT_BY_NAME, TaskForm, find_form
+from delia.store.task_forms import HEADER, HUB_SCHEME, SPLIT_BY_NAME, TaskForm, find_form, naming_hub_errors
 from delia.store.task_rows import (
     PlacedRow,
     at_place,
@@ -82,14 +82,15 @@ def read_task(config: TaskConfig) -> Task:
         TaskFileError: The first thing that is wrong, with the file and the line or row.
     """
     path = config.path.rstrip("/") or "/"
-    form = find_form(path)
-    header = _read_header(form, path, config)
-    raw_by_split = {
-        split: [
-            row for address in files for row in read_raw_rows(address, max_line_bytes=config.max_line_bytes)
-        ]
-        for split, files in form.files_by_split.items()
-    }
+    with naming_hub_errors(path):
+        form = find_form(path)
+        header = _read_header(form, path, config)
+        raw_by_split = {
+            split: [
+                row for file in files for row in read_raw_rows(file, max_line_bytes=config.max_line_bytes)
+            ]
+            for split, files in form.files_by_split.items()
+        }
     rows = parse_rows(raw_by_split, header.columns)
     if form.is_whole:
         fractions: dict[Split, float] = {"dev": config.dev_fraction, "test": config.test_fraction}

@@ -60,7 +60,7 @@ def register_adapter(
     Args:
         tracker: The connection.
         run: The open run that made the adapter.
-        adapter_dir: A local PEFT directory.
+        adapter_dir: A local PEFT directory, or the model that full tuning left.
         name: The registered model's name; created if missing.
         tags: Base and commit, template hash, mixture root, scores, licence: all as text.
 
@@ -68,8 +68,11 @@ def register_adapter(
         StoreError: Not an adapter directory, or the run has already registered another content.
     """
     directory = Path(adapter_dir)
-    if not (directory / "adapter_config.json").is_file():
-        raise StoreError(f"{str(directory)!r} has no adapter_config.json; register an adapter's directory")
+    if not any((directory / name).is_file() for name in ("adapter_config.json", "config.json")):
+        raise StoreError(
+            f"{str(directory)!r} has no adapter_config.json and no config.json; register an adapter's directory, or the"
+            " model that full tuning left"
+        )
     digest = digest_directory(directory)
     earlier = [_describe(item) for item in tracker.client.search_model_versions(f"run_id='{run.run_id}'")]
     for version in earlier:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from delia.errors import TrainError
@@ -91,11 +92,9 @@ def shard(model: PreTrainedModel, config: TrainConfig) -> None:
     """
     # a model calls the dtype of its first parameter its own, and that may be a token row's float32
     num_workers, dtype = dist.get_world_size(), cast(nn.Linear, model.get_output_embeddings()).weight.dtype
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     is_whole = dtype == torch.float32 or getattr(model, "is_quantized", False)
     if num_workers == 1 and is_whole and not config.offload:
+        _widen(model)
         return
     group = config.shard_group or num_workers
     if num_workers % group:
@@ -109,7 +108,15 @@ def shard(model: PreTrainedModel, config: TrainConfig) -> None:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=config.use_gpu) if config.offload else OffloadPolicy()
     for layer in [*find_layers(model), model]:
+        _widen(layer)  # one at a time: a whole base in float32 need not fit
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
+
+
+def _widen(module: nn.Module) -> None:
+    """Turn what is trained and not yet sharded into float32."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.float()
 
 
 def find_layers(model: PreTrainedModel) -> list[nn.Module]:

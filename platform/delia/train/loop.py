@@ -107,7 +107,7 @@ def accumulate_gradients(
     methods: StepMethods = PLAIN,
 ) -> float:
     """Add up the gradients of a global batch and return its loss in nats a trained token."""
-    total = torch.zeros((), device=next(model.parameters()).device)
+    total = torch.zeros(())
     for place, chosen in enumerate(micro_batches):
         sync_gradients(model, is_last=place == len(micro_batches) - 1)
         stream = methods.corrupt(join_stream(rows, chosen))
@@ -116,7 +116,7 @@ def accumulate_gradients(
             methods.by_source.add(stream, losses_N)
         # FSDP averages gradients over workers; the factor turns the average into the sum
         (loss * (num_workers / num_trained)).backward()
-        total += loss.detach()
+        total = total.to(loss.device) + loss.detach()  # parameters may lie in the host's memory
     if num_workers > 1:
         dist.all_reduce(total)
     return float(total) / num_trained

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from delia.model.adapted import Part
 from delia.model.lora import ALL_LINEAR, find_targets
 from delia.store.models import ModelConfig, Quantisation, resolve_model
 from delia.train.building import TrainInput
@@ -92,16 +93,20 @@ def estimate_memory(
     num_layers = int(model.num_hidden_layers)
     num_embedded = shapes.get_input_embeddings().weight.numel()
     layer = (num_parameters - num_embedded) // num_layers
-    num_trained, lora_width = num_tokens * int(model.hidden_size), 0
+    by_part: dict[Part, int] = {"token_rows": num_tokens * int(model.hidden_size), "lora": 0, "base": 0}
+    lora_width = 0
     if lora is not None:
         for module in find_targets(shapes, lora.target_modules).values():
-            num_trained += lora.rank * (module.in_features + module.out_features)
+            by_part["lora"] += lora.rank * (module.in_features + module.out_features)
             lora_width += module.in_features
     num_shards = config.shard_group or config.num_workers
     is_whole = num_shards == 1
     if config.trains_base:
-        num_trained += num_parameters
-        base_bytes = 4 * num_parameters  # the weights that are stepped are float32
+        by_part["base"] = num_parameters
+    # a weight and its gradient, and two moments in each stage that moves it
+    num_states = sum(
+        by_part[part] * (2 + 2 * sum(part in s.parts for s in config.stages)) for part in by_part
+    )
     batch_tokens = -(-config.global_batch_size * config.max_length // config.num_workers)
     micro_tokens = max(config.max_length, min(config.max_tokens_per_micro_batch, batch_tokens))
     dropped = (1 if config.use_gpu else size) if lora and lora.dropout else 0
@@ -114,7 +119,7 @@ def estimate_memory(
     return MemoryEstimate(
         loading=base_bytes,
         parameters=frozen // num_shards + (0 if is_whole else 2 * layer * size),
-        trained=0 if is_away else 4 * 4 * num_trained // num_shards,
+        trained=0 if is_away else 4 * num_states // num_shards,
         kept=micro_tokens * num_layers * kept,
         passing=micro_tokens * NUM_PASSING * layer_bytes,
         logits=NUM_CHUNKS * max(CHUNK_BYTES[device], 16 * 4 * int(model.vocab_size)),

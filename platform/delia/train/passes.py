@@ -34,9 +34,14 @@ def run_decoder(
 
 
 def sync_gradients(model: nn.Module, *, is_last: bool) -> None:
-    """Say before a pass whether its backward is the last of several, which adds workers' gradients up."""
+    """Say before a pass whether its backward is the last of several, which adds workers' gradients up.
+
+    Until then each worker keeps them whole: little for an adapter, four bytes a parameter for a base that is
+    trained, whose gradients are therefore added up and sharded in every pass.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(is_last)
+        head = cast(nn.Linear, cast(PreTrainedModel, model).get_output_embeddings())
+        model.set_requires_gradient_sync(is_last or head.weight.requires_grad)
 
 
 def reshard(model: nn.Module) -> None:

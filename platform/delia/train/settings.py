@@ -127,6 +127,11 @@ class TrainConfig(FrozenConfig):
                 "a stage moves the base itself, which a LoRA adapter belongs over as it was; set train.lora=null,"
                 " or take 'base' out of the parts of train.stages"
             )
+        if self.trains_base and self.kl_weight is not None:
+            raise ValueError(
+                f"kl_weight={self.kl_weight:g} needs the base as it was, and a stage moves the base itself; unset"
+                " train.kl_weight, or train LoRA"
+            )
         return self
 
     @property
