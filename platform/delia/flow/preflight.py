@@ -18,11 +18,12 @@ from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
 from delia.metrics import score_name
 from delia.mix.mixture import MixConfig, count_rows
-from delia.model.loading import check_quantisation
+from delia.model.loading import check_quantisation, load_shapes
 from delia.model.lora import MOVES_BASE
 from delia.schema import Message, Split, Task
 from delia.store.models import resolve_model
 from delia.store.tasks import read_task
+from delia.train.export import check_storable
 from delia.train.memory import describe_shortage, read_device_bytes
 from delia.train.methods import check_methods
 
@@ -88,7 +89,7 @@ def check_rows(
     engine: EngineConfig,
     evaluate: EvaluateConfig,
 ) -> None:
-    """Check what needs the model: its quantisation, and the lengths of rows, prompts and diverse rows.
+    """Check what needs the model: its quantisation and its files, and the lengths of rows, prompts and diverse rows.
 
     Raises:
         ChatError, TrainError, ConfigError: See the single checks.
@@ -102,6 +103,8 @@ def check_rows(
             use_gpu=train.use_gpu,
             offload=train.offload,
         )
+    if any(arm.train.trains_base for arm in arms.values()):
+        check_storable(load_shapes(space.model), space.model)
     check_lengths(space, arms, engine=engine, evaluate=evaluate)
     check_pool_lengths(space, arms, pool)
     if pool is not None:

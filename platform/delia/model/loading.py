@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from delia.errors import ConfigError
 from delia.model.lora import MOVES_BASE, LoraConfig
@@ -42,6 +42,14 @@ def load_base(config: ModelConfig, *, for_training: bool = False) -> PreTrainedM
     for module in model.modules():
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             module.register_state_dict_post_hook(_keep_parameters)
+    return model
+
+
+def load_shapes(config: ModelConfig) -> PreTrainedModel:
+    """Return a base's model without its weights, and without memory: names and shapes alone."""
+    form = AutoConfig.from_pretrained(resolve_model(config), local_files_only=True)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(form)
     return model
 
 
