@@ -38,7 +38,10 @@ def main() -> None:
     has_server = bool(config.track.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
     print("\ntry next:")
     print(f"  {tools}/delia ask {adapter} {shlex.quote(find_question(config))}")
-    print(f"  {tools}/delia export {adapter} --output exported")
+    if verified.form == "whole":  # nothing is to be made of it
+        print(f"  {tools}/vllm serve {adapter}")
+    else:
+        print(f"  {tools}/delia export {adapter} --output exported")
     print("  open the tracking server" if has_server else f"  {tools}/mlflow ui {store}")
     print(f"  {tools}/python jobs/adapt.py starter_lingo --set task.path=your.jsonl")
 
