@@ -14,6 +14,7 @@ proposes into clusters and keeps one text of each.
 import importlib.metadata
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -136,7 +137,8 @@ def run_text_dedup(texts: Sequence[str]) -> Measured:
         command += ["--split", "train", "--cache_dir", f"{folder}/cache", "--output", f"{folder}/kept"]
         command += ["--column", "text", "--batch_size", "10000", "--num_proc", "1", "--ngram", str(NGRAM)]
         command += ["--threshold", str(THRESHOLD), "--num_perm", str(NUM_PERM), "--min_length", "1"]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        wide = os.environ | {"COLUMNS": "200"}  # its log breaks lines at the width of a terminal
+        result = subprocess.run(command, check=True, capture_output=True, text=True, env=wide)
         kept = set(load_from_disk(f"{folder}/kept")["place"])
     return Measured(
         name="text-dedup",
@@ -147,9 +149,8 @@ def run_text_dedup(texts: Sequence[str]) -> Measured:
 
 def _read_seconds(log: str) -> float:
     """Add up the steps that a script of text-dedup reports, but for loading and saving."""
-    return sum(
-        float(seconds) for seconds in re.findall(r"(?:MinHashing|Clustering|Filtering) +: ([0-9.]+)s", log)
-    )
+    steps = dict(re.findall(r"(MinHashing|Clustering|Filtering) +: ([0-9.]+)s", log))
+    return sum(float(steps[name]) for name in ("MinHashing", "Clustering", "Filtering"))
 
 
 def describe_near_duplicates(sizes: Sequence[int] = SIZES) -> str:
