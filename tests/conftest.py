@@ -71,8 +71,20 @@ class LocalStage:
 
 
 @pytest.fixture
-def local_stage(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LocalStage]:
-    """Put a new local stage in the place of Ray's, and return it."""
+def local_acceptance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pools be accepted in this process."""
+    from contextlib import nullcontext
+
+    from delia.flow.acceptance import Acceptance  # late, as above
+
+    monkeypatch.setattr(
+        "delia.flow.pool.host_acceptance", lambda *args, **options: nullcontext(Acceptance(*args, **options))
+    )
+
+
+@pytest.fixture
+def local_stage(monkeypatch: pytest.MonkeyPatch, local_acceptance: None) -> Callable[..., LocalStage]:
+    """Put a new local stage in the place of Ray's, and return it; pools are accepted in this process too."""
 
     def put(order_seed: int | None = None) -> LocalStage:
         stage = LocalStage(order_seed)

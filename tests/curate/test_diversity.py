@@ -13,6 +13,7 @@ from delia.curate.diversity import (
     DiversityReport,
     assign_cells,
     assign_clusters,
+    choose_sample,
     measure_distinct,
     measure_diversity,
     measure_entropy,
@@ -48,8 +49,11 @@ def draw_pool(kinds: tuple[Kind, ...], *, num_rows: int = 400, source: str = "s"
     return [make_row(index, text, source=source) for index, text in enumerate(texts)]
 
 
-def measure(rows: Sequence[Row], embed: Embedder = embed_hashed, **options: int) -> DiversityReport:
-    return measure_diversity(rows, embed, embedder=HASHED, **options)
+def measure(
+    rows: Sequence[Row], embed: Embedder = embed_hashed, *, seed: int = 0, **options: int
+) -> DiversityReport:
+    sample = [rows[place] for place in choose_sample(len(rows), seed=seed, **options)]
+    return measure_diversity(sample, embed, num_rows=len(rows), embedder=HASHED, seed=seed)
 
 
 # ---- single figures
@@ -195,7 +199,9 @@ def test_what_a_manifest_keeps_is_json_and_holds_no_clock():
     novelty = Novelty()
     novelty.add("a")
     rows = [make_row(0, "a b"), make_row(1, "c d")]
-    report = measure_diversity(rows, embed_hashed, embedder=HASHED, novelty={"s": novelty.report()})
+    report = measure_diversity(
+        rows, embed_hashed, num_rows=2, embedder=HASHED, novelty={"s": novelty.report()}
+    )
     details = report.to_details()
 
     assert json.loads(json.dumps(details)) == details

@@ -17,9 +17,9 @@ from delia.mix.mixture import MixConfig
 from delia.model.adapted import LoraConfig, attach, collect
 from delia.model.loading import load_base
 from delia.recipes.starter import STARTER
-from delia.schema import Message, SeedTask, Task
+from delia.schema import Message, Rejection, SeedTask, Task
 from delia.store.adapters import write_adapter
-from delia.store.pools import Pool, Rejection, read_rejections
+from delia.store.pools import Pool, read_rejections
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 from delia.train.settings import StageConfig, TrainConfig
 

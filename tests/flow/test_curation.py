@@ -18,8 +18,9 @@ from delia.generate.engine import SamplingConfig
 from delia.model.loading import load_base
 from delia.schema import Message, Row, SeedTask, Task
 from delia.starter.world import draw_item
+from delia.store.candidates import to_candidate_table
 from delia.store.models import ModelConfig
-from delia.store.pools import Pool, read_rejections, to_candidate_table
+from delia.store.pools import Pool, read_rejections
 from delia.store.scores import read_scores
 from delia.store.tables import is_finished, write_table
 from delia.synthesize.dialogue import Dialogue
@@ -92,6 +93,11 @@ def write_stored_candidates(
 def curate(space: Workspace, config: PoolConfig, metrics: dict[str, float] | None = None) -> Pool:
     logged = {} if metrics is None else metrics
     return build_pool(config, space, engine=None, log=lambda values, step: logged.update(values))
+
+
+@pytest.fixture(autouse=True)
+def accept_here(local_acceptance: None) -> None:
+    """No test here is about where pools are accepted."""
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,10 @@ from delia.flow.pool import PoolConfig, build_pool, pool_fingerprint
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.schema import SeedTask
-from delia.store.pools import Candidate, Pool, from_candidate_table
-from delia.store.tables import Manifest, is_finished, merkle_root, read_table
+from delia.store.candidates import Candidate, from_candidate_table
+from delia.store.merkle import merkle_root
+from delia.store.pools import Pool
+from delia.store.tables import Manifest, is_finished, read_table
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 LOOSE = CurateConfig(near_duplicate_threshold=None, overlap_ngram=None, max_repeated_share=None)

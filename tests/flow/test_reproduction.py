@@ -32,7 +32,8 @@ def make_pool(*instructions: str) -> Pool:
         )
         for i, text in enumerate(instructions)
     )
-    return Pool(rows=rows, manifest=Manifest(kind="pool", fingerprint="p", root="r", counts={}))
+    manifest = Manifest(kind="pool", fingerprint="p", root="r", counts={})
+    return Pool(manifest=manifest, load=lambda: rows)
 
 
 class Bench:

@@ -47,9 +47,8 @@ def make_pool(num_rows: int) -> Pool:
         Row(row_id=f"d{i}", index=i, source="magpie", messages=make_chat(f"name {i}", f"no {i} {i}"))
         for i in range(num_rows)
     )
-    return Pool(
-        rows=rows, manifest=Manifest(kind="pool", fingerprint="p", root="root of the pool", counts={})
-    )
+    manifest = Manifest(kind="pool", fingerprint="p", root="root of the pool", counts={})
+    return Pool(manifest=manifest, load=lambda: rows)
 
 
 def make_arm(*, diverse_ratio: float = 2.0, seed: int = 0, **settings) -> ArmConfig:
@@ -174,7 +173,8 @@ def test_a_task_without_a_token_trains_lora_alone(space, pool):
 
 
 def test_a_long_row_is_an_error_or_dropped_or_truncated_by_setting_and_counted(space, pool, caplog):
-    long = replace(pool, rows=(replace(pool.rows[0], messages=make_chat("name " * 40, "no")), *pool.rows[1:]))
+    rows = (replace(pool.rows[0], messages=make_chat("name " * 40, "no")), *pool.rows[1:])
+    long = replace(pool, load=lambda: rows)
     with pytest.raises(ChatError, match="max_length"):
         build_input(plan_arm(make_arm(diverse_ratio=2.5, max_length=32), space, long), space, long)
 

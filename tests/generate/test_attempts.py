@@ -28,7 +28,7 @@ class LocalLog:
 
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch):
-    monkeypatch.setattr("delia.generate.attempts.ray.get", lambda value: value)
+    monkeypatch.setattr("delia.generate.calls.ray.get", lambda value: value)
 
 
 def run(requests: list[Request], killers: set[str], *, max_quarantined: int = 16):

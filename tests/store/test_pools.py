@@ -9,17 +9,17 @@ import pytest
 
 from delia.errors import StoreError
 from delia.schema import Message, Rejection, Row
-from delia.store.pools import (
+from delia.store.candidates import (
     Cost,
-    Pool,
     from_candidate_table,
-    read_pool,
-    read_rejections,
     sum_cost,
     to_candidate_table,
-    write_pool,
+    to_rejection_table,
+    to_row_table,
 )
-from delia.store.tables import FORMAT_VERSION, MANIFEST, merkle_root, read_table, write_table
+from delia.store.merkle import merkle_root
+from delia.store.pools import Pool, read_pool, read_rejections, write_pool
+from delia.store.tables import FORMAT_VERSION, MANIFEST, read_table, write_table
 
 
 def make_row(index: int, *, source: str = "self", answer: str = "été \n 🙂") -> Row:
@@ -52,8 +52,8 @@ REJECTIONS = [make_rejection(1), make_rejection(3, "duplicate"), make_rejection(
 def write(address: str, *, rows: list[Row], rejections: list[Rejection] = REJECTIONS) -> Pool:
     return write_pool(
         address,
-        rows=rows,
-        rejections=rejections,
+        rows=[to_row_table(rows[:1]), to_row_table(rows[1:])],
+        rejections=[to_rejection_table(rejections)],
         fingerprint="f0",
         parents={"task": "t0"},
         details={"seconds": 1.5},
@@ -124,7 +124,7 @@ def test_a_changed_answer_is_seen_and_its_row_named(address: str):
     change_rows(address, lambda records: set_answer(records, "forged"))
 
     with pytest.raises(StoreError, match=r"row self-2 was changed, .* restore the file, or make it again"):
-        read_pool(address)
+        read_pool(address).load()
 
 
 def test_a_changed_answer_with_a_leaf_to_match_is_seen_by_the_root(address: str):
@@ -137,7 +137,7 @@ def test_a_changed_answer_with_a_leaf_to_match_is_seen_by_the_root(address: str)
 
     change_rows(address, forge)
     with pytest.raises(StoreError, match=r"3 rows have root \w+, but 3 rows with root \w+ were committed"):
-        read_pool(address)
+        read_pool(address).load()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_rows_that_were_not_committed_are_refused(address: str, change, num_rows
     change_rows(address, change)
 
     with pytest.raises(StoreError, match=f"{num_rows} rows have root .* but 3 rows with root"):
-        read_pool(address)
+        read_pool(address).load()
 
 
 def change_manifest(address: str, **fields: object) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from delia.errors import StoreError
 from delia.schema import Message, Row
+from delia.store.candidates import to_row_table
 from delia.store.pools import read_pool, write_pool
 from delia.store.scores import SCORES, read_scores, write_scores
 from delia.store.tables import join
@@ -29,7 +30,9 @@ def test_columns_come_back_in_the_order_of_the_rows_that_are_asked_for(tmp_path:
 def test_scores_change_neither_a_pools_root_nor_what_is_read_of_it(tmp_path: Path):
     rows = [make_row(index) for index in range(3)]
     address = str(tmp_path)
-    plain = write_pool(address, rows=rows, rejections=[], fingerprint="f", parents={}, details={})
+    plain = write_pool(
+        address, rows=[to_row_table(rows)], rejections=[], fingerprint="f", parents={}, details={}
+    )
     assert read_scores(address, IDS) == {}
     write_scores(address, IDS, {"likelihood": [-1.0, -2.0, -3.0]})
 

@@ -5,12 +5,9 @@ import json
 import boto3
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
 from delia.errors import StoreError
-from delia.rng import hash_text
 from delia.store.tables import (
     FORMAT_VERSION,
     MANIFEST,
@@ -21,7 +18,6 @@ from delia.store.tables import (
     is_finished,
     join,
     list_names,
-    merkle_root,
     open_filesystem,
     read_bytes,
     read_manifest,
@@ -33,7 +29,6 @@ from delia.store.tables import (
 
 TABLE = pa.table({"text": ["a", "ä\n", None], "ids": [[1, 2], [], None]})
 MADE = Manifest(kind="pool", fingerprint="f" * 16, root="ab", counts={"accepted": 3}, parents={"task": "t"})
-LEAVES = st.lists(st.text("ab", min_size=1, max_size=3).map(hash_text), min_size=1, max_size=9, unique=True)
 
 
 @pytest.fixture(params=["path", "file", "s3"])
@@ -196,33 +191,3 @@ def test_a_newer_format_is_refused_before_its_fields_are_looked_at(tmp_path):
 
     with pytest.raises(StoreError, match=f"version {FORMAT_VERSION + 1}.* up to {FORMAT_VERSION}; upgrade"):
         read_manifest(str(tmp_path), kind="pool")
-
-
-def test_the_root_of_three_leaves_worked_by_hand():
-    """Level 1: hash(a b), hash(c c); an odd level says its last leaf twice."""
-    from xxhash import xxh3_128_digest as digest
-
-    a, b, c = (digest(name) for name in (b"a", b"b", b"c"))
-
-    assert merkle_root([a.hex(), b.hex(), c.hex()]) == digest(digest(a + b) + digest(c + c)).hex()
-    assert merkle_root([a.hex()]) == a.hex()
-    assert merkle_root([]) == digest(b"").hex()
-
-
-@given(LEAVES, st.data())
-def test_a_changed_a_moved_and_a_missing_leaf_each_change_the_root(leaves, data):
-    root, place = merkle_root(leaves), data.draw(st.integers(0, len(leaves) - 1))
-    changed = [*leaves[:place], hash_text("changed"), *leaves[place + 1 :]]
-    moved = [*leaves[:place], *leaves[place + 1 :], leaves[place]]
-
-    assert merkle_root(changed) != root
-    assert (merkle_root(moved) == root) is (moved == leaves)
-    assert merkle_root(leaves[:-1]) != root
-
-
-@given(LEAVES)
-def test_a_root_does_not_change_the_list_of_leaves(leaves):
-    before = list(leaves)
-    merkle_root(leaves)
-
-    assert leaves == before

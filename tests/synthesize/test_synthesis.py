@@ -14,11 +14,11 @@ from delia.errors import ConfigError
 from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.rng import hash_text
 from delia.schema import Message, Row, SeedTask
+from delia.store.candidates import Candidate
 from delia.store.models import ModelConfig
-from delia.store.pools import Candidate
 from delia.store.tables import list_names
 from delia.synthesize.dialogue import Dialogue
-from delia.synthesize.pipeline import Batch, plan_chunks, synthesize
+from delia.synthesize.pipeline import StoredChunk, plan_chunks, synthesize
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 STARTER = ModelConfig(path="package://delia.starter/weights")
@@ -54,8 +54,8 @@ def run(config: SynthesizeConfig, address: Path, *, engine: EngineConfig | None 
     return synthesize(dialogue, chunk_size=config.chunk_size, engine=engine, address=str(address))
 
 
-def flatten(batches: Iterable[Batch]) -> list[Candidate]:
-    return [candidate for batch in batches for candidate in batch.candidates]
+def flatten(chunks: Iterable[StoredChunk]) -> list[Candidate]:
+    return [candidate for chunk in chunks for candidate in chunk.read().candidates]
 
 
 def find_recipe(config: SynthesizeConfig, **fields: object) -> str:
@@ -93,7 +93,7 @@ def test_candidates_come_in_index_order_whichever_batch_is_done_first(local_stag
 
     for name in "ab":
         assert [item.index for item in flatten(chunks) if item.source == name] == list(range(40))
-    assert all({item.source for item in batch.candidates} == {batch.source} for batch in chunks)
+    assert all({item.source for item in chunk.read().candidates} == {chunk.source} for chunk in chunks)
 
 
 def test_candidates_are_equal_in_any_order_and_in_chunks_of_any_size(local_stage, tmp_path):

@@ -155,31 +155,35 @@ def assign_clusters(vectors_ND: Vectors, num_clusters: int = NUM_CLUSTERS, *, se
     return [int(label) for label in labels]
 
 
+def choose_sample(num_rows: int, *, sample_rows: int = SAMPLE_ROWS, seed: int = 0) -> list[int]:
+    """Return the places of the rows that are measured, ascending: all, or of more a seeded sample."""
+    if num_rows <= sample_rows:
+        return list(range(num_rows))
+    return sorted(make_random("diversity", "sample", seed).sample(range(num_rows), sample_rows))
+
+
 def measure_diversity(
-    rows: Sequence[Row],
+    sample: Sequence[Row],
     embed: Embedder,
     *,
+    num_rows: int,
     embedder: str,
     novelty: Mapping[str, NoveltyReport] | None = None,
-    sample_rows: int = SAMPLE_ROWS,
     seed: int = 0,
 ) -> DiversityReport:
     """Measure a pool's instructions, their user turns.
 
     Args:
-        rows: The accepted rows, at least one.
+        sample: The accepted rows at the places of `choose_sample`, at least one.
         embed: Embeds texts; quadratic parts take the sample's square.
+        num_rows: Rows of the pool.
         embedder: The setting's name for it.
         novelty: Source -> figures of the candidates that the rows were accepted from.
-        sample_rows: Rows that are measured; of more, a seeded sample is.
-        seed: Of the sample, the cells and the clusters.
+        seed: Of the cells and the clusters.
     """
     started = time.perf_counter()
-    order = list(range(len(rows)))
-    if len(rows) > sample_rows:
-        order = sorted(make_random("diversity", "sample", seed).sample(order, sample_rows))
-    sources = [rows[place].source for place in order]
-    texts = ["\n".join(m.content for m in rows[place].messages if m.role == "user") for place in order]
+    sources = [row.source for row in sample]
+    texts = ["\n".join(turn.content for turn in row.messages if turn.role == "user") for row in sample]
     vectors_ND = embed(texts)
     nearest_N = measure_nearest(vectors_ND)
     cells = assign_cells(vectors_ND, seed=seed)
@@ -191,7 +195,7 @@ def measure_diversity(
     openings = [" ".join(find_opening(text)).strip() for text in texts]
     counts = sorted(Counter(openings).items(), key=lambda item: (-item[1], item[0]))
     return DiversityReport(
-        num_rows=len(rows),
+        num_rows=num_rows,
         num_sampled=len(texts),
         embedder=embedder,
         distinct=(measure_distinct(texts, 1), measure_distinct(texts, 2), measure_distinct(texts, 3)),

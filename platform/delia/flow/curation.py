@@ -10,6 +10,8 @@ Curation.score                   likelihoods -> scores.parquet
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from delia.config import build_method
 from delia.curate.diversity import measure_diversity
 from delia.curate.embedding import Embedder, load_embedder
@@ -21,6 +23,7 @@ from delia.flow.workspace import Workspace
 from delia.model.loading import load_base
 from delia.rng import derive_seed
 from delia.schema import Rejection, Row
+from delia.store.candidates import from_row_table
 from delia.store.scores import write_scores
 
 
@@ -49,10 +52,20 @@ class Curation:
         seed = derive_seed("select", config.seed, source)
         return select_rows(rows, self.selector, num_rows=num_rows, seed=seed, embed=self.embed)
 
-    def describe(self, rows: Sequence[Row]) -> tuple[dict[str, object], dict[str, float]]:
-        """Measure the diversity of a pool's rows; return the manifest's details and the metrics to log."""
-        novelty = {name: curator.novelty.report() for name, curator in self.curators.items()}
-        report = measure_diversity(rows, self.embed, embedder=self.config.embedder, novelty=novelty)
+    def describe(self, sample: Sequence[Row], num_rows: int) -> tuple[dict[str, object], dict[str, float]]:
+        """Measure the diversity of a pool; return the manifest's details and the metrics to log.
+
+        Args:
+            sample: Its rows at the places of `choose_sample`.
+            num_rows: Its rows in all.
+        """
+        report = measure_diversity(
+            sample,
+            self.embed,
+            num_rows=num_rows,
+            embedder=self.config.embedder,
+            novelty={name: curator.novelty.report() for name, curator in self.curators.items()},
+        )
         metrics = {
             "curate/distinct_2": report.distinct[1],
             "curate/vendi_score": report.vendi_score,
@@ -61,7 +74,7 @@ class Curation:
             "curate/cell_entropy": report.cell_entropy,
             "curate/opening_entropy": report.opening_entropy,
             "curate/new_unique_rate": self.measure_new_unique_rate(self.curators),
-            "curate/estimated_left": sum(item.estimated_left for item in novelty.values()),
+            "curate/estimated_left": sum(item.estimated_left for item in report.novelty.values()),
             "curate/diversity_seconds": report.seconds,
         }
         return {"diversity": report.to_details()}, metrics
@@ -70,11 +83,18 @@ class Curation:
         """Return the lowest rate of new instructions among the latest windows of some sources, in 0..1."""
         return min(self.curators[name].novelty.rate for name in sources)
 
-    def score(self, address: str, rows: Sequence[Row]) -> None:
+    def score(self, address: str, tables: Iterable[pa.Table]) -> None:
         """Write the likelihood of each row's answer beside the pool, where settings ask for it."""
-        if self.config.score_likelihood:
-            values = score_answers(load_base(self.space.model), self.space.chat, rows)
-            write_scores(address, [row.row_id for row in rows], {LIKELIHOOD: values})
+        if not self.config.score_likelihood:
+            return
+        model = load_base(self.space.model)
+        row_ids: list[str] = []
+        values: list[float] = []
+        for table in tables:
+            rows = from_row_table(table)
+            row_ids += [row.row_id for row in rows]
+            values += score_answers(model, self.space.chat, rows)
+        write_scores(address, row_ids, {LIKELIHOOD: values})
 
 
 def open_curation(

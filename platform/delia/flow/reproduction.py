@@ -171,7 +171,7 @@ def _plan_controls(
     label, plans = config.control_arm, {}
     if config.narrow_word:
         rows = tuple(row for row in pool.rows if config.narrow_word in row.instruction)
-        narrow = dataclasses.replace(pool, rows=rows)
+        narrow = dataclasses.replace(pool, load=lambda: rows)
         plans[f"{label}, narrow topic"] = _Plan(config=_repeat(arm, len(rows)), pool=narrow, space=space)
     if config.num_few is not None:
         few = _repeat(arm, config.num_few)

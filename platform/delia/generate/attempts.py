@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
-from delia.errors import DeliaError, EngineDiedError, EngineError
+from delia.errors import EngineDiedError, EngineError
+from delia.generate.calls import call
 from delia.generate.engine import ENGINE_FAULT, Completion, Request
 from delia.rng import hash_text
 
@@ -145,9 +145,7 @@ class CarefulEngine:
     def _call(self, method: str, *args: str | int) -> Any:
         """Call the log; one that died with its node is no reason to stop."""
         try:
-            return ray.get(getattr(self._log, method).remote(*args))
-        except RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, DeliaError) else error) from error
+            return call(getattr(self._log, method), *args)
         except RayActorError:
             return None
 

@@ -21,7 +21,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-import xxhash
 
 from delia.errors import StoreError
 
@@ -99,8 +98,9 @@ def exists(address: str) -> bool:
         return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
-def write_bytes(address: str, data: bytes) -> None:
-    """Write a whole file, or nothing that has its name.
+@contextmanager
+def _open_sink(address: str) -> Iterator[Any]:
+    """Open a file for writing that has its name once the block has ended without an error.
 
     Raises:
         StoreError: It can't be written; nothing of it is left on a local disk.
@@ -110,17 +110,27 @@ def write_bytes(address: str, data: bytes) -> None:
         filesystem.create_dir(path.rpartition("/")[0], recursive=True)
         if not isinstance(filesystem, pafs.LocalFileSystem):
             with filesystem.open_output_stream(path) as stream:  # an object appears when it is closed
-                stream.write(data)
+                yield stream
             return
         partial = f"{path}.partial-{uuid.uuid4().hex}"  # a process id is not unique where hosts share a disk
         try:
             with open(partial, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
             Path(partial).unlink(missing_ok=True)
+
+
+def write_bytes(address: str, data: bytes) -> None:
+    """Write a whole file, or nothing that has its name.
+
+    Raises:
+        StoreError: It can't be written; nothing of it is left on a local disk.
+    """
+    with _open_sink(address) as sink:
+        sink.write(data)
 
 
 def check_writable(address: str) -> None:
@@ -179,11 +189,21 @@ def fetch_directory(address: str, *, kind: str) -> Path:
     return Path(_fetched[address].name)
 
 
+@contextmanager
+def open_table(address: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """Write one Parquet file table by table, whole or not at all: for rows that don't fit in memory.
+
+    Raises:
+        StoreError: It can't be written.
+    """
+    with _open_sink(address) as sink, pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        yield writer
+
+
 def write_table(address: str, table: pa.Table) -> None:
     """Write one Parquet file, whole or not at all."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_bytes(address, sink.getvalue().to_pybytes())
+    with open_table(address, table.schema) as writer:
+        writer.write_table(table)
 
 
 def read_table(address: str) -> pa.Table:
@@ -209,15 +229,6 @@ def list_names(address: str) -> list[str]:
     selector = pafs.FileSelector(path, allow_not_found=True)
     with _reading(address):
         return sorted(info.base_name for info in filesystem.get_file_info(selector))
-
-
-def merkle_root(leaves: list[str]) -> str:
-    """Return the Merkle root over ordered leaf hashes; of no leaves, the hash of nothing."""
-    level = [bytes.fromhex(leaf) for leaf in leaves] or [xxhash.xxh3_128_digest(b"")]
-    while len(level) > 1:
-        level += level[-1:] if len(level) % 2 else []
-        level = [xxhash.xxh3_128_digest(level[i] + level[i + 1]) for i in range(0, len(level), 2)]
-    return level[0].hex()
 
 
 def commit(address: str, manifest: Manifest) -> None:

@@ -16,8 +16,8 @@ from delia.generate.attempts import Ask
 from delia.generate.engine import FAULTS, PROMPT_TOO_LONG, Completion, Request, SamplingConfig
 from delia.rng import hash_text
 from delia.schema import Rejection, Row, SeedTask, hash_messages
+from delia.store.candidates import COST_SCHEMA, Candidate, to_candidate_table
 from delia.store.models import ModelConfig, identify_model, resolve_model
-from delia.store.pools import COST_SCHEMA, Candidate, to_candidate_table
 from delia.synthesize.socket import SynthesisContext, Synthesizer
 from delia.synthesize.sources import SourceConfig
 

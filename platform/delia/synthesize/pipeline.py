@@ -4,11 +4,11 @@
 
 A killed job keeps every finished chunk; started again, it generates the others. Chunks are kept by
 the hash of their recipe, so another pool of the same recipe, larger or curated otherwise, reuses
-them. They are yielded in index order a source, so what is accepted from them does not depend on
-which finished first.
+them. Their addresses are yielded in index order a source, so what is accepted from them does not depend on
+which finished first; whoever decides on a chunk reads what was stored.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -18,7 +18,7 @@ from delia.generate.engine import EngineConfig
 from delia.generate.pipeline import run_script
 from delia.rng import hash_text
 from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, hash_messages
-from delia.store.pools import Candidate, Cost, from_candidate_table, sum_cost
+from delia.store.candidates import Candidate, Cost, from_candidate_table, sum_cost
 from delia.store.tables import join, list_names, read_table, write_table
 from delia.store.tasks import TaskConfig, read_task
 from delia.synthesize.dialogue import Dialogue
@@ -51,10 +51,24 @@ class Batch:
     candidates: tuple[Candidate, ...]
     cost: Cost = field(default_factory=Cost)
 
-    @property
-    def source(self) -> str:
-        """Return the name of their source."""
-        return self.candidates[0].source
+
+@dataclass(frozen=True, kw_only=True)
+class StoredChunk:
+    """A chunk of candidates that is whole: where it lies, and what its source is called here."""
+
+    source: str
+    address: str
+
+    def read(self) -> Batch:
+        """Read the candidates; the job that stored them may have called the source otherwise.
+
+        Raises:
+            StoreError: The file is missing or was changed.
+        """
+        table = read_table(self.address)
+        candidates = from_candidate_table(table, address=self.address)
+        own = tuple(replace(item, source=self.source) for item in candidates)
+        return Batch(candidates=own, cost=sum_cost(table))
 
 
 def plan_chunks(sources: Sequence[SourceConfig], chunk_size: int) -> list[Chunk]:
@@ -81,8 +95,8 @@ def plan_rounds(config: SynthesizeConfig) -> list[tuple[SourceConfig, ...]]:
 
 def synthesize(
     dialogue: Dialogue, *, chunk_size: int, engine: EngineConfig | None, address: str
-) -> Generator[Batch, None, None]:
-    """Yield the candidates of one round, in index order a source; stop reading to stop generating.
+) -> Generator[StoredChunk, None, None]:
+    """Yield the stored candidates of one round, in index order a source; stop reading to stop generating.
 
     Args:
         dialogue: The round's sources, and what their methods may use.
@@ -94,11 +108,10 @@ def synthesize(
     folders = {name: join(address, dialogue.part(name)[1].recipe) for name in names}
     finished = {(source, name) for source, folder in folders.items() for name in list_names(folder)}
     chunks = plan_chunks(dialogue.sources, chunk_size)
-    ready = _Ready(names, chunk_size)
+    ready = _Ready(folders, chunk_size)
     for chunk in chunks:
         if (chunk.source, chunk.name) in finished:
-            path = join(folders[chunk.source], chunk.name)
-            yield from ready.add(chunk, _to_batch(read_table(path), chunk.source, address=path))
+            yield from ready.add(chunk)
     if engine is None:
         return
     missing = [chunk for chunk in chunks if (chunk.source, chunk.name) not in finished]
@@ -114,15 +127,8 @@ def synthesize(
     with closing(tables):  # an error's traceback would keep them, and their engines
         for table in tables:
             chunk = by_start[table["source"][0].as_py(), table["index"][0].as_py()]
-            path = join(folders[chunk.source], chunk.name)
-            write_table(path, table)
-            yield from ready.add(chunk, _to_batch(table, chunk.source, address=path))
-
-
-def _to_batch(table: pa.Table, source: str, *, address: str) -> Batch:
-    """Read a chunk; the job that stored it may have called the source otherwise."""
-    candidates = from_candidate_table(table, address=address)
-    return Batch(candidates=tuple(replace(item, source=source) for item in candidates), cost=sum_cost(table))
+            write_table(join(folders[chunk.source], chunk.name), table)
+            yield from ready.add(chunk)
 
 
 def read_imported(source: str, file: TaskConfig, *, size: int) -> Iterator[Batch]:
@@ -155,13 +161,14 @@ def read_imported(source: str, file: TaskConfig, *, size: int) -> Iterator[Batch
 class _Ready:
     """Holds back chunks until all earlier ones of their source have come."""
 
-    def __init__(self, sources: Iterable[str], size: int) -> None:
-        self._next = dict.fromkeys(sources, 0)
-        self._waiting: dict[tuple[str, int], Batch] = {}
-        self._size = size
+    def __init__(self, folders: Mapping[str, str], size: int) -> None:
+        self._folders, self._size = folders, size
+        self._next = dict.fromkeys(folders, 0)
+        self._waiting: dict[tuple[str, int], Chunk] = {}
 
-    def add(self, chunk: Chunk, batch: Batch) -> Iterator[Batch]:
-        self._waiting[chunk.source, chunk.start] = batch
+    def add(self, chunk: Chunk) -> Iterator[StoredChunk]:
+        self._waiting[chunk.source, chunk.start] = chunk
         while (key := (chunk.source, self._next[chunk.source])) in self._waiting:
             self._next[chunk.source] += self._size
-            yield self._waiting.pop(key)
+            name = self._waiting.pop(key).name
+            yield StoredChunk(source=chunk.source, address=join(self._folders[chunk.source], name))

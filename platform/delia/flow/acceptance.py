@@ -1,0 +1,274 @@
+"""What a pool takes of its candidates, decided chunk by chunk in a process of its own.
+
+    StoredChunk --Curator, StopRule--> spools of rows and rejections --write--> a finished pool
+
+To know duplicates, what is remembered of accepted instructions grows with their number. So acceptance is an actor of
+the cluster: the driver passes it addresses and sees counts, whatever the size of the pool. Rows and rejections wait on
+the disk of its node. An exception is `curate.select`: a selector sees all rows of its source at once.
+
+An acceptance that dies with its node is started anew and reads the stored chunks again, as a job does that was killed.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+
+from delia.curate.diversity import choose_sample
+from delia.curate.pipeline import CurateConfig
+from delia.curate.stopping import ENOUGH_ROWS, StopConfig, StopRule
+from delia.errors import PoolError
+from delia.flow.curation import Curation, open_curation
+from delia.flow.workspace import Workspace
+from delia.generate.calls import call
+from delia.generate.engine import EngineConfig
+from delia.generate.pipeline import worker_environment
+from delia.schema import Rejection, Row
+from delia.store.candidates import (
+    REJECTION_SCHEMA,
+    ROW_SCHEMA,
+    Cost,
+    from_rejection_table,
+    from_row_table,
+    to_rejection_table,
+    to_row_table,
+)
+from delia.store.pools import write_pool
+from delia.store.spool import Chain, Spool
+from delia.store.tasks import TaskConfig
+from delia.synthesize.pipeline import Batch, StoredChunk, read_imported
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What has been decided so far; `has_ended` tells whether every source of the round has what it is to give."""
+
+    num_accepted: int
+    num_rejected: int
+    cost: Cost
+    new_unique_rate: float
+    has_ended: bool
+
+    @property
+    def num_seen(self) -> int:
+        """Return the number of candidates that were decided on."""
+        return self.num_accepted + self.num_rejected
+
+    def to_metrics(self) -> dict[str, float]:
+        """Return what is logged of it."""
+        return {
+            "synthesize/candidates": self.num_seen,
+            "synthesize/accepted": self.num_accepted,
+            "synthesize/rejected": self.num_rejected,
+            "synthesize/prompt_tokens": self.cost.prompt_tokens,
+            "synthesize/output_tokens": self.cost.output_tokens,
+            "synthesize/engine_seconds": self.cost.engine_seconds,
+            "curate/new_unique_rate": self.new_unique_rate,
+        }
+
+
+@dataclass
+class _Source:
+    """A source that is open or closed: when it ends, and what was decided, in index order."""
+
+    rule: StopRule
+    rows: Spool
+    rejections: Spool
+
+
+class Acceptance:
+    """Decides on candidates in index order a source, and writes what it decided; see `host_acceptance`."""
+
+    def __init__(
+        self,
+        curate: CurateConfig,
+        stop: StopConfig,
+        space: Workspace,
+        *,
+        num_rows: Mapping[str, int],
+        allowed_modules: tuple[str, ...] = (),
+    ) -> None:
+        """Take the settings; `num_rows` is by source what the pool is to have of it."""
+        self._stop, self._space = stop, space
+        self._open_curation = partial(
+            open_curation, curate, space, num_rows=num_rows, allowed_modules=allowed_modules
+        )
+        self._folder = tempfile.TemporaryDirectory(prefix="delia-acceptance-")
+        self._num_spools = 0
+        self._sources: dict[str, _Source] = {}
+        self._round: tuple[str, ...] = ()
+        self._stopped: dict[str, str] = {}
+        self._cost = Cost()
+
+    def begin(self) -> None:
+        """Build the curators; apart from the constructor, whose errors an actor hides.
+
+        Raises:
+            ConfigError: No such embedder, language or selector.
+        """
+        self._curation: Curation = self._open_curation()
+
+    def open(self, names: Sequence[str]) -> None:
+        """Begin a round of sources."""
+        self._round = tuple(names)
+        for name in names:
+            self._sources[name] = _Source(
+                StopRule(self._stop, num_rows=self._curation.targets[name]),
+                self._make_spool(ROW_SCHEMA),
+                self._make_spool(REJECTION_SCHEMA),
+            )
+
+    def take(self, chunk: StoredChunk) -> Progress:
+        """Decide on the next chunk of its source.
+
+        Raises:
+            StoreError: Its file is missing or was changed.
+        """
+        return self._decide(chunk.source, chunk.read())
+
+    def take_file(self, source: str, file: TaskConfig, *, size: int) -> Progress:
+        """Decide on the rows of a source that is a file, `size` at a time."""
+        for batch in read_imported(source, file, size=size):
+            self._decide(source, batch)
+            if self._sources[source].rule.reason:
+                break
+        return self._report()
+
+    def close(self) -> None:
+        """End the round: hold that each source gave what it was asked for, and select.
+
+        Raises:
+            PoolError: A source ended without reason, or with nothing: what it gave, and why not more.
+        """
+        for name in self._round:
+            rule = self._sources[name].rule
+            if not (rule.reason and rule.num_accepted):
+                reasons = dict(self._curation.curators[name].counts)
+                end = f"the stop rule {rule.reason!r} ended it" if rule.reason else "its candidates ran out"
+                raise PoolError(
+                    f"source {name!r} gave {rule.num_accepted} of {rule.num_rows} rows before {end} (rejected:"
+                    f" {reasons}); raise max_candidates, loosen curate or stop, or ask for fewer rows"
+                )
+            if self._curation.selector is not None:
+                self._select(name)
+            if rule.reason != ENOUGH_ROWS:
+                self._stopped[name] = (
+                    f"{rule.reason}: {rule.num_accepted} of {rule.num_rows} rows, {rule.num_output_tokens} output"
+                    f" tokens, {rule.new_share:.2f} of the last instructions new"
+                )
+
+    def read_rows(self, source: str) -> tuple[Row, ...]:
+        """Return the accepted rows of a closed source: what later ones may feed on."""
+        return tuple(row for table in self._sources[source].rows for row in from_row_table(table))
+
+    def write(
+        self, address: str, *, fingerprint: str, engine: EngineConfig | None
+    ) -> tuple[dict[str, float], int]:
+        """Write and commit the pool; return the metrics of its diversity, and the number of candidates.
+
+        Raises:
+            StoreError: It can't be written.
+        """
+        progress = self._report()
+        num_rows = progress.num_accepted
+        sources = [self._sources[name] for name in sorted(self._sources)]
+        rows = Chain(tuple(source.rows for source in sources))
+        details, metrics = self._curation.describe(_pick(rows, choose_sample(num_rows)), num_rows)
+        details |= {
+            "template_hash": self._space.chat.template_hash,
+            "cost": account(self._cost, num_rows, engine),
+        }
+        self._curation.score(address, rows)
+        write_pool(
+            address,
+            rows=rows,
+            rejections=Chain(tuple(source.rejections for source in sources)),
+            fingerprint=fingerprint,
+            parents={"model": self._space.model_id, "task": self._space.task.digest},
+            details=details | ({"stopped": self._stopped} if self._stopped else {}),
+        )
+        return metrics, progress.num_seen
+
+    def _decide(self, name: str, batch: Batch) -> Progress:
+        source = self._sources[name]
+        self._cost += batch.cost
+        decided = self._curation.curators[name].feed(batch.candidates, rule=source.rule)
+        source.rows.add(to_row_table([item for item in decided if isinstance(item, Row)]))
+        source.rejections.add(to_rejection_table([item for item in decided if isinstance(item, Rejection)]))
+        return self._report()
+
+    def _report(self) -> Progress:
+        return Progress(
+            num_accepted=sum(source.rows.num_rows for source in self._sources.values()),
+            num_rejected=sum(source.rejections.num_rows for source in self._sources.values()),
+            cost=self._cost,
+            new_unique_rate=self._curation.measure_new_unique_rate(self._round),
+            has_ended=all(self._sources[name].rule.reason for name in self._round),
+        )
+
+    def _select(self, name: str) -> None:
+        source = self._sources[name]
+        kept, dropped = self._curation.select(name, self.read_rows(name))
+        rejections = [item for table in source.rejections for item in from_rejection_table(table)]
+        rejections = sorted((*rejections, *dropped), key=lambda item: item.index)
+        source.rows, source.rejections = self._make_spool(ROW_SCHEMA), self._make_spool(REJECTION_SCHEMA)
+        source.rows.add(to_row_table(kept))
+        source.rejections.add(to_rejection_table(rejections))
+
+    def _make_spool(self, schema: Any) -> Spool:
+        self._num_spools += 1
+        return Spool(Path(self._folder.name) / str(self._num_spools), schema)
+
+
+def _pick(tables: Chain, places: Sequence[int]) -> list[Row]:
+    """Return the rows at ascending places."""
+    picked: list[Row] = []
+    first, wanted = 0, list(places)
+    for table in tables:
+        here = [place - first for place in wanted if place < first + table.num_rows]
+        picked += from_row_table(table.take(here)) if here else ()
+        wanted, first = wanted[len(here) :], first + table.num_rows
+    return picked
+
+
+def account(cost: Cost, num_rows: int, engine: EngineConfig | None) -> dict[str, float]:
+    """Return the ledger of a pool: what was spent, rejected rows included, in all and for each row.
+
+    `device_seconds` are the engine's times the GPUs of a replica, or its CPUs where it has none; unknown,
+    and left out, where nothing was generated.
+    """
+    ledger = {name: float(value) for name, value in asdict(cost).items()}
+    if engine is not None:
+        num_devices = engine.num_gpus_per_replica or engine.num_cpus_per_replica
+        ledger["device_seconds"] = cost.engine_seconds * num_devices
+    return ledger | {f"{name}_per_row": value / max(1, num_rows) for name, value in ledger.items()}
+
+
+@contextmanager
+def host_acceptance(*args: Any, **options: Any) -> Iterator[Acceptance]:
+    """Hold an `Acceptance` on some node of the cluster; takes what its constructor takes."""
+    remote: Any = ray.remote(Acceptance)
+    actor = remote.options(
+        num_cpus=0,  # it must find a place beside engines that take every CPU
+        scheduling_strategy="SPREAD",
+        runtime_env={"env_vars": worker_environment()},
+    ).remote(*args, **options)
+    try:
+        yield cast(Acceptance, _Calls(actor))
+    finally:
+        ray.kill(actor)
+
+
+class _Calls:
+    """Looks like the object that an actor holds, and waits for what is called."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return partial(call, getattr(self._actor, name))

@@ -1,0 +1,87 @@
+"""Where a pool is accepted: in a process of its own, whose errors are ours and whose death is survived."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import ray
+
+from delia.curate.pipeline import CurateConfig
+from delia.curate.selection import SelectConfig
+from delia.errors import ConfigError, PoolError
+from delia.flow import pool as flow
+from delia.flow.acceptance import host_acceptance
+
+
+class Mortal:
+    """An acceptance whose process is killed at one of its chunks."""
+
+    def __init__(self, calls: Any, num_chunks: int) -> None:
+        self._calls, self._num_left = calls, num_chunks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._calls, name)
+
+    def take(self, chunk: Any) -> Any:
+        if self._num_left == 0:
+            ray.kill(self._calls._actor)
+        self._num_left -= 1
+        return self._calls.take(chunk)
+
+
+@pytest.fixture
+def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Return a function of chunk numbers: each start of an acceptance is killed at the next of them."""
+
+    def arrange(*places: int) -> list[int]:
+        left, started = list(places), []
+
+        @contextmanager
+        def host(*args: Any, **options: Any) -> Iterator[Any]:
+            with host_acceptance(*args, **options) as calls:
+                started.append(len(started))
+                yield Mortal(calls, left.pop(0)) if left else calls
+
+        monkeypatch.setattr(flow, "host_acceptance", host)
+        return started
+
+    return arrange
+
+
+def test_an_acceptance_that_dies_twice_leaves_the_pool_of_one_that_lived(
+    cluster, space, build, kill_at, local_stage, tmp_path
+):
+    local_stage()
+    whole = build(space)
+    other = dataclasses.replace(space, output_dir=str(tmp_path / "killed"))
+    started = kill_at(0, 4)
+    pool = build(other)
+
+    assert len(started) == 3
+    assert pool.manifest.root == whole.manifest.root
+    assert pool.rows == whole.rows
+    assert pool.manifest.counts == whole.manifest.counts
+
+
+def test_one_that_dies_at_every_start_ends_the_job_with_the_number_and_the_way_out(
+    cluster, space, build, kill_at, local_stage
+):
+    local_stage()
+    started = kill_at(*[1] * flow.MAX_STARTS)
+
+    with pytest.raises(
+        PoolError, match=r"the process that curates died 3 times .* memory .* run the job again"
+    ):
+        build(space)
+    assert len(started) == flow.MAX_STARTS
+
+
+def test_an_error_in_its_process_is_raised_as_itself_before_anything_is_generated(
+    cluster, space, make_config, build
+):
+    select = SelectConfig(method="os.path.join")
+
+    with pytest.raises(ConfigError, match="allow it with --allow-module"):
+        build(space, make_config(curate=CurateConfig(select=select)))
