@@ -11,7 +11,6 @@ from delia.model.logprobs import load_adapted, mean_kl
 from delia.rng import make_random
 from delia.train.building import build_model, build_optimizer
 from delia.train.meters import Meters
-from delia.train.neighbours import Neighbours, compare_centred, permute
 from delia.train.rows import TASK, join_rows
 from delia.train.settings import MetersConfig, StageConfig
 
@@ -136,75 +135,6 @@ def test_without_diverse_rows_or_a_token_there_are_readings_of_the_rest(make_inp
     model = build_model(task)
     readings = Meters(model, task, CONFIG).read(build_optimizer(model, STAGE))
     assert set(readings) == {f"train/source_gradient_norm/{TASK}", "train/meter_seconds", "train/meter_share"}
-
-
-# ---- the token's neighbours
-
-
-def read_planted(measured, target_D: torch.Tensor) -> dict[str, float]:
-    """Put the token's input row at a place, and read its neighbours."""
-    model, _, _, task = measured
-    rows = model.get_input_embeddings()
-    with torch.no_grad():
-        rows.deltas_KD[0] = target_D - rows.weight[task.token_ids[0]]
-    neighbours = Neighbours.choose(model, task, CONFIG)
-    assert neighbours is not None
-    model.eval()
-    return neighbours.read(model)
-
-
-def test_a_token_at_the_mean_of_its_words_is_near_them_and_one_at_other_words_is_not(measured):
-    model, _, _, task = measured
-    weight = model.get_input_embeddings().weight
-    near = read_planted(measured, weight[list(INSTRUCTION)].mean(0))
-    assert near["train/token_cosine/0"] > 0.3
-    assert near["train/token_rank/0"] < 0.1
-    assert (
-        near["train/token_p_value/0"] <= 0.1
-    )  # of twenty ways to split six words in halves one is the true one
-    neighbours = Neighbours.choose(model, task, CONFIG)
-    away = read_planted(measured, weight[list(neighbours.word_ids[3:6])].mean(0))
-    assert away["train/token_cosine/0"] < 0
-    assert away["train/token_p_value/0"] > 0.5
-    assert {name.rpartition("/")[2] for name in near} == {"0", "1", "2"}
-
-
-def test_words_are_the_instruction_s_and_controls_have_like_norms(measured):
-    model, _, _, task = measured
-    neighbours = Neighbours.choose(model, task, CONFIG)
-    norms = model.get_input_embeddings().weight.norm(dim=1)
-    meant, controls = neighbours.word_ids[:3], neighbours.word_ids[3:6]
-    others = neighbours.word_ids[6:]
-    assert (meant, neighbours.num_meant, neighbours.num_controls) == (INSTRUCTION, 3, 3)
-    assert len(set(neighbours.word_ids)) == 43
-    assert task.token_ids[0] not in neighbours.word_ids
-    gaps = [abs(norms[a] - norms[b]) for a, b in zip(meant, controls, strict=True)]
-    assert gaps[0] <= min(abs(norms[meant[0]] - norms[word]) for word in others)
-    assert len(neighbours.prefix) >= 1
-
-
-def test_a_shared_part_of_all_states_does_not_make_them_neighbours():
-    """Twelve of the hundred are alike; a huge shared channel, which raw cosines see alone, is centred away."""
-    rng = np.random.default_rng(0)
-    states_WD = rng.normal(size=(100, 16))
-    one_D = rng.normal(size=16)
-    states_WD[:12] += 2 * one_D
-    expected = compare_centred(one_D, states_WD)
-    shifted = compare_centred(one_D + 1e4, states_WD + 1e4)
-    assert shifted == pytest.approx(expected, abs=1e-6)
-    assert expected[:12].mean() > 0.6 > 0.3 > abs(expected[12:].mean())
-
-
-def test_p_values_are_uniform_without_a_difference_and_small_with_one():
-    rng = np.random.default_rng(1)
-    nothing = [
-        permute(rng.normal(size=8), rng.normal(size=8), num_permutations=99, seed=i)[1] for i in range(300)
-    ]
-    assert 0.42 < np.mean(nothing) < 0.58
-    assert 0.01 <= np.mean(np.array(nothing) <= 0.05) <= 0.09
-    difference, p_value = permute(rng.normal(size=8) + 3, rng.normal(size=8), num_permutations=999, seed=0)
-    assert difference > 2
-    assert p_value == 0.001
 
 
 def test_meters_are_off_by_default_and_set_by_name(make_input):

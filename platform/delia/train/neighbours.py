@@ -4,12 +4,14 @@
 
 States of a language model share a part whatever they say, and single channels of them are huge for some tokens
 (`model.hidden`), so that raw distances tell nothing: states are centred on the mean over words of the
-vocabulary, and the words of the task's long instruction are compared with control words whose input rows have
-the nearest norms. If the token took on no meaning, which of both sets a word is in could be permuted: the
-p-value is the share of permutations with as large a difference of mean cosines (Fisher's exact test, sampled).
-How often a word occurs is not known here; norms follow it loosely.
+vocabulary. Frequent words lie apart from rare ones whatever they mean, and training moves most what it sees
+often, so that each word of the task's long instruction is compared with control words of its own, which occur
+as often in the rows that are trained on, or nearly. If the token took on no meaning, which word of such a set
+is the instruction's could be permuted: the p-value is the share of permutations within all sets with as large
+a difference of mean cosines (a stratified permutation test, sampled).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,11 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
+from delia.chat import TAG
+from delia.chat_tokens import RESERVED
 from delia.metrics import labelled
 from delia.model.adapted import TokenRows
 from delia.rng import derive_seed, make_random
+from delia.store.models import ModelConfig, resolve_model
 from delia.train.building import TrainInput, find_layers
 from delia.train.passes import add_pass, reshard, run_decoder
 from delia.train.settings import MetersConfig
@@ -29,11 +34,25 @@ from delia.train.settings import MetersConfig
 MAX_PREFIX = 64
 """Tokens before the word that are read at most."""
 PASS_TOKENS = 2048
+COUNT_TOKENS = 1 << 24
+"""Tokens that are counted at a time: `bincount` makes a copy of eight bytes each."""
+MAX_CONTROLS = 4
+"""Control words of each word of the instruction; more add little power, and lie further off in frequency."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:
-    """What the token is measured against; `word_ids` begins with the meant words, then controls, then others."""
+    """What the token is measured against: M meant words, K controls of each, and others.
+
+    Attributes:
+        token_id: The token.
+        prefix: Ids before it in a row of the task.
+        word_ids: The meant words [M], then the first one's controls [K] and so on to the last one's, then others.
+        num_meant: M.
+        num_controls: K.
+        num_permutations: Permutations a p-value is made from.
+        seed: Draws them.
+    """
 
     token_id: int
     prefix: tuple[int, ...]
@@ -47,7 +66,8 @@ class Neighbours:
     def choose(cls, model: PreTrainedModel, task: TrainInput, config: MetersConfig) -> "Neighbours | None":
         """Choose prefix and words; None without a token, a row that holds it, or words that it stands for.
 
-        All workers must choose together: norms of a sharded embedding are gathered.
+        All words but the meant are `config.num_words` together: controls are at most half of them, where that
+        leaves one for each, and others are drawn from the rest of the vocabulary.
         """
         rows = model.get_input_embeddings()
         if not task.token_ids or not task.instruction_ids or not isinstance(rows, TokenRows):
@@ -59,24 +79,30 @@ class Neighbours:
             if token_id in ids[1:] and ids[0] != token_id
         ]
         meant = sorted(set(task.instruction_ids) - set(task.token_ids))
-        rng = make_random(config.seed, "words")
-        others = sorted(set(range(model.config.vocab_size)) - set(meant) - set(task.token_ids))
-        sampled = rng.sample(others, min(config.num_words, len(others)))
-        if not prefixes or not meant or len(sampled) < len(meant):
+        if not prefixes or not meant:
             return None
+        size = model.config.vocab_size
+        candidates = [
+            word
+            for word in sorted(list_text_ids(task.model).difference(meant, task.token_ids))
+            if word < size  # a tokenizer may know more than the model has rows
+        ]
+        num_words = min(config.num_words, len(candidates))
+        num_controls = max(1, min(MAX_CONTROLS, num_words // 2 // len(meant)))
+        if num_words < num_controls * len(meant):
+            return None
+        counts_V = count_ids(task.rows.ids_T, size)
+        controls_MK = match_frequencies(counts_V, meant, candidates, num_controls=num_controls)
+        controls = controls_MK.flatten().tolist()
+        left = sorted(set(candidates).difference(controls))
+        others = make_random(config.seed, "words").sample(left, num_words - len(controls))
         prepare_states(model)
-        norms = _measure_norms(model, [*meant, *sampled])
-        controls: list[int] = []
-        for place in range(len(meant)):  # the nearest norm that no other word has taken
-            left = [word for word in sampled if word not in controls]
-            controls.append(min(left, key=lambda word: abs(norms[word] - norms[meant[place]])))
-        chosen = set(controls)
         return cls(
             token_id=token_id,
             prefix=tuple(min(prefixes, key=len)[-MAX_PREFIX:]),
-            word_ids=(*meant, *controls, *(word for word in sampled if word not in chosen)),
+            word_ids=(*meant, *controls, *others),
             num_meant=len(meant),
-            num_controls=len(controls),
+            num_controls=num_controls,
             num_permutations=config.num_permutations,
             seed=config.seed,
         )
@@ -90,9 +116,12 @@ class Neighbours:
         readings = {}
         for layer, states_WD in enumerate(states_LWD):
             cosines_W = compare_centred(states_WD[0], states_WD[1:])
-            meant, controls = np.split(cosines_W[: self.num_meant + self.num_controls], [self.num_meant])
-            difference, p_value = permute(
-                meant, controls, num_permutations=self.num_permutations, seed=derive_seed(self.seed, layer)
+            meant, rest = np.split(cosines_W, [self.num_meant])
+            controls_MK = rest[: self.num_meant * self.num_controls].reshape(self.num_meant, -1)
+            difference, p_value = permute_within(
+                np.column_stack((meant, controls_MK)),
+                num_permutations=self.num_permutations,
+                seed=derive_seed(self.seed, layer),
             )
             nearer = [(cosines_W > cosine).sum() / (len(cosines_W) - 1) for cosine in meant]
             readings[labelled("train/token_cosine", layer)] = difference
@@ -144,15 +173,60 @@ def prepare_states(model: PreTrainedModel) -> None:
     add_pass(model, read_states)
 
 
-def _measure_norms(model: PreTrainedModel, words: list[int]) -> dict[int, float]:
-    """Return the norm of each word's input row, through the model, which may be sharded."""
-    with torch.no_grad():
-        lengths = (1,) * len(words)
-        states_LWD = cast(Any, model).read_states(
-            torch.tensor(words), torch.zeros(len(words), dtype=torch.long), lengths
-        )
-    reshard(model)
-    return dict(zip(words, states_LWD[0].norm(dim=-1).tolist(), strict=True))
+def list_text_ids(model: ModelConfig) -> set[int]:
+    """Return the ids of a base's vocabulary that stand for text: no special, reserved or control token.
+
+    Rows of the embedding that no id of the tokenizer names (padding of its size) are not among them either.
+    Tags that some tokenizers add without calling them special (turn markers, HTML) are taken for control.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        resolve_model(model), local_files_only=True, trust_remote_code=False
+    )
+    control = set(tokenizer.all_special_ids)
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if token.special or TAG.fullmatch(token.content):
+            control.add(i)
+    return {
+        i for text, i in tokenizer.get_vocab().items() if i not in control and not RESERVED.fullmatch(text)
+    }
+
+
+def count_ids(ids_T: NDArray[np.int32], vocab_size: int) -> NDArray[np.int64]:
+    """Return how often each id of the vocabulary occurs, [V]."""
+    counts_V = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(ids_T), COUNT_TOKENS):
+        counts_V += np.bincount(ids_T[start : start + COUNT_TOKENS], minlength=vocab_size)
+    return counts_V
+
+
+def match_frequencies(
+    counts_V: NDArray[np.int64], meant: Sequence[int], candidates: Sequence[int], *, num_controls: int
+) -> NDArray[np.int64]:
+    """Return each meant word's controls: the candidates nearest in log(1 + count), none of them twice, [M, K].
+
+    Words take turns, each one candidate a turn, and frequent ones go first, as there are fewest like them.
+    Of candidates equally near the one nearest by id is taken, then the lower: vocabularies number their words
+    about in order of frequency where they were made, which is all that tells words apart that the rows lack.
+
+    Args:
+        counts_V: How often each id occurs in the rows.
+        meant: M words.
+        candidates: At least M * K other ids, ascending.
+        num_controls: K.
+    """
+    ids_C = np.array(candidates, np.int64)
+    logs_C = np.log1p(counts_V[ids_C])
+    controls_MK = np.empty((len(meant), num_controls), np.int64)
+    frequent_first = sorted(range(len(meant)), key=lambda place: (-counts_V[meant[place]], meant[place]))
+    for turn in range(num_controls):
+        for place in frequent_first:
+            word = meant[place]
+            gaps_C = np.abs(logs_C - np.log1p(counts_V[word]))
+            nearest = np.flatnonzero(gaps_C == gaps_C.min())
+            chosen = nearest[np.abs(ids_C[nearest] - word).argmin()]
+            controls_MK[place, turn] = ids_C[chosen]
+            logs_C[chosen] = np.inf  # taken
+    return controls_MK
 
 
 def compare_centred(state_D: NDArray[np.float64], states_WD: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -166,16 +240,22 @@ def compare_centred(state_D: NDArray[np.float64], states_WD: NDArray[np.float64]
     )
 
 
-def permute(
-    meant: NDArray[np.float64], controls: NDArray[np.float64], *, num_permutations: int, seed: int
+def permute_within(
+    cosines_MK1: NDArray[np.float64], *, num_permutations: int, seed: int
 ) -> tuple[float, float]:
-    """Return the difference of means and its one-sided p-value, at least 1 / (permutations + 1)."""
-    together = np.concatenate((meant, controls))
-    difference = float(meant.mean() - controls.mean())
-    rng = np.random.default_rng(seed)
-    count = 0
-    for _ in range(num_permutations):
-        drawn = rng.permutation(together)
-        # the last bits of a sum depend on its order
-        count += drawn[: len(meant)].mean() - drawn[len(meant) :].mean() >= difference - 1e-12
+    """Return the difference of means and its one-sided p-value, at least 1 / (permutations + 1).
+
+    Each row is a set of words of like frequency: a meant word, then its controls. What is permuted is which
+    word of a set is the meant one, each with the same chance and in each set for itself: words of different
+    sets differ in frequency and could not be exchanged. All sets have one size, so that the mean over sets of
+    (meant word less its controls' mean) is the difference of both means.
+    """
+    num_meant, num_words = cosines_MK1.shape
+    others_MK1 = (cosines_MK1.sum(1, keepdims=True) - cosines_MK1) / (num_words - 1)
+    contrasts_MK1 = cosines_MK1 - others_MK1  # of each word, were it the meant one
+    difference = float(contrasts_MK1[:, 0].mean())
+    picks_PM = np.random.default_rng(seed).integers(num_words, size=(num_permutations, num_meant))
+    drawn_P = contrasts_MK1[np.arange(num_meant), picks_PM].mean(1)
+    # the last bits of a sum depend on its order
+    count = int((drawn_P >= difference - 1e-12).sum())
     return difference, (1 + count) / (1 + num_permutations)
