@@ -114,6 +114,7 @@ class TokenTable:
     _pattern: re.Pattern[str] = field(init=False)
     _counted_ids: frozenset[int] = field(init=False)
     _guarded: dict[str, Tokenizer] = field(init=False, default_factory=dict)
+    _swaps: dict[str, tuple[re.Pattern[str], dict[str, str]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Compile what finds control tokens: of several that begin together, the longest."""
@@ -129,10 +130,12 @@ class TokenTable:
 
     def swap(self, text: str, marker: str) -> str:
         """Replace control tokens' texts by their names `M12M`, and names by texts; its own inverse."""
-        swaps = {name: f"{marker}{i}{marker}" for name, i in self.control_ids.items()}
-        swaps |= {name: text for text, name in swaps.items()}
-        either = rf"{marker}\d+{marker}|{self._pattern.pattern}"
-        return re.sub(either, lambda found: swaps[found[0]], text)
+        if marker not in self._swaps:
+            names = {name: f"{marker}{i}{marker}" for name, i in self.control_ids.items()}
+            either = re.compile(rf"{marker}\d+{marker}|{self._pattern.pattern}")
+            self._swaps[marker] = either, names | {name: text for text, name in names.items()}
+        either, swaps = self._swaps[marker]
+        return either.sub(lambda found: swaps[found[0]], text)
 
     def encode(
         self, pieces: Sequence[str], marker: str, *, is_guarded: bool = False
@@ -181,5 +184,7 @@ class TokenTable:
 
 def _encode_pieces(backend: Tokenizer, pieces: Sequence[str]) -> tuple[list[int], list[int]]:
     encoding = backend.encode("".join(pieces), add_special_tokens=False)
+    if len(pieces) == 1:
+        return encoding.ids, [0] * len(encoding.ids)
     ends = list(accumulate(map(len, pieces)))
     return encoding.ids, [bisect_right(ends, start) for start, _ in encoding.offsets]
