@@ -93,7 +93,11 @@ METRICS: tuple[Metric, ...] = (
         "train/token_rank", "1", "gauge", "Median rank of its words among the vocabulary, 0 nearest", "layer"
     ),
     Metric(
-        "train/token_p_value", "1", "gauge", "Of token_cosine, when words are permuted within sets of like frequency", "layer"
+        "train/token_p_value",
+        "1",
+        "gauge",
+        "Of token_cosine, when words are permuted within sets of like frequency",
+        "layer",
     ),
     Metric("train/meter_seconds", "seconds", "gauge", "Wall time of the latest reading of the meters"),
     Metric("train/meter_share", "1", "gauge", "Share of the time of training that the meters took"),
