@@ -1,6 +1,6 @@
 """Spools: rows on disk come back in order, as often as they are read, and while more are added."""
 
-from pathlib import Path
+import tempfile
 
 import pyarrow as pa
 import pytest
@@ -19,8 +19,8 @@ def read(tables: Spool | Chain) -> list[int]:
 
 
 @pytest.fixture
-def spool(tmp_path: Path) -> Spool:
-    return Spool(tmp_path / "spool", SCHEMA)
+def spool() -> Spool:
+    return Spool(SCHEMA)
 
 
 def test_an_empty_spool_has_no_rows(spool):
@@ -59,10 +59,19 @@ def test_two_readers_do_not_disturb_each_other(spool):
     assert next(one)["index"].to_pylist() == list(range(4096, 5000))
 
 
-def test_a_chain_is_its_parts_one_after_the_other_more_than_once(spool, tmp_path):
-    other = Spool(tmp_path / "other", SCHEMA)
+def test_a_chain_is_its_parts_one_after_the_other_more_than_once(spool):
+    other = Spool(SCHEMA)
     spool.add(make_table(5))
     other.add(make_table(1, 2))
     chain = Chain((other, spool, [make_table(9)]))
 
     assert read(chain) == read(chain) == [1, 2, 5, 9]
+
+
+def test_a_spool_leaves_nothing_on_the_disk_even_where_its_process_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    spool = Spool(SCHEMA)
+    spool.add(make_table(1, 2))
+
+    assert read(spool) == [1, 2]
+    assert list(tmp_path.iterdir()) == []

@@ -9,12 +9,10 @@ the disk of its node. An exception is `curate.select`: a selector sees all rows 
 An acceptance that dies with its node is started anew and reads the stored chunks again, as a job does that was killed.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import ray
@@ -98,8 +96,6 @@ class Acceptance:
         self._open_curation = partial(
             open_curation, curate, space, num_rows=num_rows, allowed_modules=allowed_modules
         )
-        self._folder = tempfile.TemporaryDirectory(prefix="delia-acceptance-")
-        self._num_spools = 0
         self._sources: dict[str, _Source] = {}
         self._round: tuple[str, ...] = ()
         self._stopped: dict[str, str] = {}
@@ -119,8 +115,8 @@ class Acceptance:
         for name in names:
             self._sources[name] = _Source(
                 StopRule(self._stop, num_rows=self._curation.targets[name]),
-                self._make_spool(ROW_SCHEMA),
-                self._make_spool(REJECTION_SCHEMA),
+                Spool(ROW_SCHEMA),
+                Spool(REJECTION_SCHEMA),
             )
 
     def take(self, chunk: StoredChunk) -> Progress:
@@ -216,13 +212,9 @@ class Acceptance:
         kept, dropped = self._curation.select(name, self.read_rows(name))
         rejections = [item for table in source.rejections for item in from_rejection_table(table)]
         rejections = sorted((*rejections, *dropped), key=lambda item: item.index)
-        source.rows, source.rejections = self._make_spool(ROW_SCHEMA), self._make_spool(REJECTION_SCHEMA)
+        source.rows, source.rejections = Spool(ROW_SCHEMA), Spool(REJECTION_SCHEMA)
         source.rows.add(to_row_table(kept))
         source.rejections.add(to_rejection_table(rejections))
-
-    def _make_spool(self, schema: Any) -> Spool:
-        self._num_spools += 1
-        return Spool(Path(self._folder.name) / str(self._num_spools), schema)
 
 
 def _pick(tables: Chain, places: Sequence[int]) -> list[Row]:

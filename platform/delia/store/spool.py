@@ -2,12 +2,13 @@
 
     table, table, ... --Spool.add--> a file of Arrow's --iteration--> table, table, ...
 
-A spool is scratch space of one process; nothing reads it after a kill.
+A spool is scratch space of one process. Its file has no name, so the disk is free again when the process ends,
+however it ends.
 """
 
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -22,11 +23,11 @@ class Spool:
         num_rows: Rows in it.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        """Start empty; the file is made here."""
+    def __init__(self, schema: pa.Schema) -> None:
+        """Start empty; the file lies where Python puts temporary ones (TMPDIR)."""
         self.num_rows = 0
-        self._path, self._schema = path, schema
-        self._file = pa.OSFile(str(path), "wb")
+        self._schema = schema
+        self._file = tempfile.TemporaryFile(prefix="delia-spool-")  # noqa: SIM115  # closed with the spool
         self._writer = pa.ipc.new_stream(
             self._file, schema, options=pa.ipc.IpcWriteOptions(compression="lz4")
         )
@@ -40,8 +41,10 @@ class Spool:
         """Yield all rows so far, in order; may be called again, and rows may be added afterwards."""
         if not self.num_rows:
             return  # nothing is written before the first rows, the schema neither
+        self._file.flush()
         batches: list[pa.RecordBatch] = []
-        with pa.OSFile(str(self._path), "rb") as file, pa.ipc.open_stream(file) as reader:
+        # through /proc it is opened once more, at an offset of its own
+        with open(f"/proc/self/fd/{self._file.fileno()}", "rb") as file, pa.ipc.open_stream(file) as reader:
             left = self.num_rows  # the stream has no end mark yet
             while left:
                 batches.append(reader.read_next_batch())
