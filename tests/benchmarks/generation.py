@@ -3,242 +3,200 @@
     bare        one `vllm.LLM.generate` call in a process, with a seed for each row; and without seeds
     batches     the loop of the DELIA repository: `LLM.generate` on 128 prompts at a time
     ray.data    `ray.data.llm.build_processor`, one replica, its own defaults for concurrency
+    datatrove   `InferenceRunner`, which starts `vllm serve` and asks it over HTTP
     pipeline    `build_pool`: Ray Data, seeds, every rule of curation, the pool written
 
-Each has one core. Seconds run from the first request that an engine takes to the last answer, for the
-pipeline to the written pool; start-up is reported apart.
+Each has one core for its engine. Seconds run from the first request that an engine takes to the last answer, for the
+pipeline to the written pool; start-up is reported apart. A peer's accepted rows are counted after its clock has
+stopped; the pipeline curates while it generates.
 """
 
-import json
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import pyarrow as pa
+import generation_peers
+import generation_pipeline
+import generation_setting
 import ray
+from generation_killed import ENGINES, Killed, measure_killed
+from generation_peers import ask_bare, ask_datatrove, ask_ray_data, time_halves
+from generation_pipeline import measure_tail, run_pipeline, run_to_the_end
+from generation_setting import ENGINE, MODEL, Answers, accept_questions, count_accepted, write_questions
 
-from delia.config import MethodConfig
-from delia.curate.pipeline import CurateConfig
-from delia.errors import PoolError
-from delia.flow.pool import PoolConfig, build_pool
 from delia.flow.workspace import Workspace, open_workspace
-from delia.generate.attempts import Ask
-from delia.generate.engine import EngineConfig, SamplingConfig
-from delia.generate.pipeline import Script, run_script, worker_environment
-from delia.generate.vllm_engine import set_engine_environment
-from delia.rng import derive_seed, make_random
-from delia.schema import Message, Task
-from delia.starter.world import draw_item
-from delia.store.models import ModelConfig, resolve_model
-from delia.store.tasks import TaskConfig
-from delia.synthesize import pipeline
-from delia.synthesize.sources import SourceConfig, SynthesizeConfig
+from delia.schema import Message
+from delia.store.tasks import TaskConfig, read_task
 
-MODEL = ModelConfig(path="package://delia.starter/weights")
-SAMPLING = SamplingConfig(max_tokens=96)
-ENGINE = EngineConfig(num_replicas=1, max_model_len=512)
-# a tiny world's sentences share most of their words: at 0.95 few are near duplicates
-CURATE = CurateConfig(near_duplicate_threshold=0.95)
-LLM_OPTIONS = {"max_model_len": 512, "max_num_seqs": ENGINE.max_num_seqs, "dtype": "float32"}
+PART = 8
+"""Peers are asked the first of so many parts of the prompts."""
+ASKED_SHARE = 0.99
+"""Rows that the pipeline is asked for, of those that bare vLLM's answers gave: its candidates must not run out."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one way of generating did."""
+    """What one way of generating did; output tokens with the end tokens."""
 
     name: str
+    num_prompts: int
     start_seconds: float
     seconds: float
     output_tokens: int
+    num_accepted: int
 
     @property
     def rate(self) -> float:
         """Return output tokens a second."""
         return self.output_tokens / self.seconds
 
-
-def draw_questions(count: int) -> list[str]:
-    """Return different questions of the starter's world."""
-    rng = make_random("bench questions")
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[draw_item(rng).prompt()[-1]["content"]] = None
-    return list(found)
-
-
-@ray.remote(num_cpus=1)
-def generate_bare(
-    prompts: list[list[int]], end_ids: list[int], *, seeded: bool, size: int | None
-) -> tuple[float, float, int]:
-    """Return start-up seconds, seconds and output tokens of vLLM alone, in calls of `size` prompts."""
-    started = time.monotonic()
-    set_engine_environment(ENGINE)
-    from vllm import LLM, SamplingParams
-    from vllm.inputs import TokensPrompt
-
-    llm = LLM(
-        model=str(resolve_model(MODEL)), enforce_eager=True, enable_chunked_prefill=False, **LLM_OPTIONS
-    )
-    params = [
-        SamplingParams(
-            temperature=1.0,
-            max_tokens=SAMPLING.max_tokens,
-            seed=derive_seed("bench", place) if seeded else None,
-            stop_token_ids=end_ids,
-            detokenize=False,
-        )
-        for place in range(len(prompts))
-    ]
-    inputs = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
-    ready, tokens = time.monotonic(), 0
-    for start in range(0, len(inputs), size or len(inputs)):
-        stop = start + (size or len(inputs))
-        outputs = llm.generate(inputs[start:stop], params[start:stop], use_tqdm=False)
-        tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
-    return ready - started, time.monotonic() - ready, tokens
-
-
-def measure_ray_data(prompts: list[list[int]], space: Workspace) -> Measured:
-    """Run the processor of `ray.data.llm` on the same ids, one replica on one core.
-
-    Its engine is asked in its own defaults: batches of 32, up to 8 at a time, and one seed a row.
-    """
-    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
-
-    config = vLLMEngineProcessorConfig(
-        model_source=str(resolve_model(MODEL)),
-        engine_kwargs={**LLM_OPTIONS, "enforce_eager": True, "enable_chunked_prefill": False},
-        placement_group_config={"bundles": [{"CPU": 1}]},
-        log_engine_metrics=False,
-        chat_template_stage=False,
-        tokenize_stage=False,
-        detokenize_stage=False,
-        concurrency=1,
-        runtime_env={
-            "env_vars": {
-                **worker_environment(),
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            }
-        },
-    )
-    ends = list(space.chat.end_ids)
-
-    def prepare(row: dict[str, Any]) -> dict[str, Any]:
-        sampling = {
-            "temperature": 1.0,
-            "max_tokens": SAMPLING.max_tokens,
-            "seed": row["seed"],
-            "stop_token_ids": ends,
-        }
-        return {
-            "prompt": "",
-            "tokenized_prompt": row["ids"],
-            "sampling_params": {**sampling, "detokenize": False},
-        }
-
-    def keep(row: dict[str, Any]) -> dict[str, Any]:
-        return {"count": row["num_generated_tokens"], "at": time.monotonic()}
-
-    processor = build_processor(config, preprocess=prepare, postprocess=keep)
-    rows = [
-        {"ids": ids, "seed": derive_seed("bench", place) % (1 << 31)} for place, ids in enumerate(prompts)
-    ]
-    started = time.monotonic()
-    first, tokens = 0.0, 0
-    for row in processor(ray.data.from_items(rows)).iter_rows():
-        first = min(first or row["at"], row["at"])
-        tokens += row["count"]
-    # the engine's own start can't be seen from outside: start-up runs to the first answer
-    return Measured("ray.data.llm", first - started, time.monotonic() - first, tokens)
-
-
-def measure_bare(name: str, prompts: list[list[int]], space: Workspace, **options: Any) -> Measured:
-    """Run `generate_bare` in a process of its own."""
-    actor = generate_bare.options(runtime_env={"env_vars": worker_environment()})
-    return Measured(name, *ray.get(actor.remote(prompts, list(space.chat.end_ids), **options)))
+    @property
+    def row_rate(self) -> float:
+        """Return accepted unique rows a second."""
+        return self.num_accepted / self.seconds
 
 
 @dataclass(frozen=True)
-class Timed:
-    """A script that notes when each of its blocks began."""
+class Tail:
+    """How two engines ended; `idle` is the share of the run for which one had nothing left to do, their mean."""
 
-    script: Script
-
-    def __call__(self, block: pa.Table, ask: Ask) -> pa.Table:
-        began = time.monotonic()  # one clock for all processes of a machine
-        table = self.script(block, ask)
-        return table.append_column("began", pa.array([began] * table.num_rows))
+    name: str
+    seconds: float
+    idle: float
 
 
-def give_source(questions: list[str], folder: Path) -> SourceConfig:
-    """Return a source that is a file of questions; a third of them, at least, are accepted."""
+Figure = TypeVar("Figure", Measured, Tail)
+
+
+def report(figure: Figure) -> Figure:
+    """Print a figure as soon as it is there: all of them take the better part of an hour."""
+    print(figure, flush=True)
+    return figure
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The questions that are asked, as text, as ids and as a file; `num_part` of them where all would take too long."""
+
+    questions: list[str]
+    prompts: list[list[int]]
+    path: Path
+    space: Workspace
+    num_part: int
+
+    def measure(
+        self, name: str, ask: Callable[[list[list[int]]], Answers], num_prompts: int | None = None
+    ) -> Measured:
+        """Have a peer answer the first prompts, `num_part` unless told; count the rows that curation accepts."""
+        num_prompts = num_prompts or self.num_part
+        answers = ask(self.prompts[:num_prompts])
+        num_accepted = count_accepted(self.questions[:num_prompts], answers, self.space)
+        times = (answers.start_seconds, answers.seconds)
+        return report(Measured(name, num_prompts, *times, answers.output_tokens, num_accepted))
+
+    def measure_pipeline(self, bare: Measured) -> Measured:
+        """Build a pool of answers to all prompts; ask for a few rows less than bare vLLM's answers gave."""
+        num_rows = int(ASKED_SHARE * bare.num_accepted)
+        run = run_pipeline(
+            self.path, self.space, num_prompts=len(self.prompts), num_rows=num_rows, engine=ENGINE
+        )
+        times = (run.start_seconds, run.seconds)
+        return report(Measured("pipeline", run.num_prompts, *times, run.output_tokens, run.num_accepted))
+
+
+def open_bench(folder: Path, task: TaskConfig, num_prompts: int) -> Bench:
+    """Draw, curate and encode the questions."""
+    for module in (generation_setting, generation_peers, generation_pipeline):
+        ray.cloudpickle.register_pickle_by_value(module)
+    space = open_workspace(str(folder / "runs"), MODEL, read_task(task))
+    questions = accept_questions(num_prompts, space, folder)
     path = folder / "questions.jsonl"
-    rows = [
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "-"}]}
-        for text in questions
-    ]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return SourceConfig(name="given", rows=TaskConfig(path=str(path)), num_rows=len(questions) // 3)
+    write_questions(questions, path)
+    prompts = [space.chat.encode_prompt((Message(role="user", content=text),)) for text in questions]
+    return Bench(questions, prompts, path, space, num_prompts // PART)
 
 
-def accept_questions(given: SourceConfig, space: Workspace) -> list[str]:
-    """Return the questions that curation accepts, in order: what all are asked to answer."""
-    config = PoolConfig(synthesize=SynthesizeConfig(sources=(given,)), curate=CURATE)
-    rows = build_pool(config, space, engine=None, log=lambda metrics, step: None).rows
-    return [row.instruction for row in rows]
-
-
-def measure_pipeline(given: SourceConfig, space: Workspace) -> Measured:
-    """Build a pool of answers to the accepted questions, with all rules on."""
-    answers = SourceConfig(
-        name="answers",
-        synthesizer=MethodConfig(method="delia.methods.synthesizer.answering.Answering"),
-        feeds_on=("given",),
-        num_rows=given.num_rows,
-        max_candidates=given.num_rows,
-    )
-    config = PoolConfig(
-        synthesize=SynthesizeConfig(sources=(given, answers), sampling=SAMPLING), curate=CURATE
-    )
-    began: list[float] = []
-    tokens = 0
-
-    def run_timed(script: Script, *args: Any, **options: Any) -> Any:
-        nonlocal tokens
-        for table in run_script(Timed(script), *args, **options):
-            began.append(table["began"][0].as_py())
-            tokens += (
-                sum(table["spent_output_tokens"].to_pylist()) + table.num_rows
-            )  # end tokens, as the peers count
-            yield table.drop_columns(["began"])
-
-    pipeline.run_script, kept = run_timed, pipeline.run_script
-    started = time.monotonic()
-    try:
-        # some answers are rejected, so that every candidate is generated and decided on before it ends
-        build_pool(config, space, engine=ENGINE, log=lambda metrics, step: None)
-    except PoolError as error:
-        if "its candidates ran out" not in str(error):
-            raise
-    finally:
-        pipeline.run_script = kept
-    return Measured("pipeline", min(began) - started, time.monotonic() - min(began), tokens)
-
-
-def measure_all(folder: Path, task: Task, *, num_prompts: int) -> list[Measured]:
-    """Return every way of generating, on the same prompts, one after the other."""
-    space = open_workspace(str(folder / "runs"), MODEL, task)
-    given = give_source(draw_questions(3 * num_prompts), folder)
-    prompts = [
-        space.chat.encode_prompt((Message(role="user", content=text),))
-        for text in accept_questions(given, space)
-    ]
+def measure_all(bench: Bench, folder: Path) -> list[Measured]:
+    """Return every way of generating, one after the other; bare vLLM again at the end, to see the machine drift."""
+    space = bench.space
+    bare = bench.measure("bare, seeded", lambda prompts: ask_bare(prompts, space), len(bench.prompts))
     return [
-        measure_bare("bare, seeded", prompts, space, seeded=True, size=None),
-        measure_pipeline(given, space),
-        measure_bare("bare, no seeds", prompts, space, seeded=False, size=None),
-        measure_bare("batches of 128", prompts, space, seeded=True, size=128),
-        measure_ray_data(prompts, space),
+        bare,
+        bench.measure_pipeline(bare),
+        bench.measure("bare, no seeds", lambda prompts: ask_bare(prompts, space, seeded=False)),
+        bench.measure("batches of 128", lambda prompts: ask_bare(prompts, space, size=128)),
+        bench.measure("ray.data.llm", lambda prompts: ask_ray_data(prompts, space)),
+        bench.measure("datatrove", lambda prompts: ask_datatrove(prompts, space, folder / "datatrove")),
+        bench.measure("bare, seeded, again", lambda prompts: ask_bare(prompts, space)),
     ]
+
+
+def measure_tails(bench: Bench, folder: Path, task: TaskConfig) -> list[Tail]:
+    """Return how the pipeline's two replicas end, and two bare engines with half of the prompts each."""
+    num_prompts = bench.num_part
+    # a directory of its own: else the chunks of the first run would be found, and nothing generated
+    space = open_workspace(str(folder / "tail"), MODEL, read_task(task))
+    blocks = run_to_the_end(bench.path, space, num_prompts=num_prompts, engine=ENGINES)
+    pipeline = report(Tail("pipeline, 2 replicas", *measure_tail(blocks)))
+    halves = time_halves(bench.prompts[:num_prompts], bench.space)
+    longest = max(halves)
+    idle = 1 - sum(halves) / len(halves) / longest
+    return [pipeline, report(Tail("bare, 2 engines, every second prompt each", longest, idle))]
+
+
+def describe_rates(measured: list[Measured]) -> list[str]:
+    """Return the table of rates; ratios are to bare vLLM with a seed for each row."""
+    bare = measured[0]
+    return [
+        "| | prompts | output tokens/s | ratio | accepted unique rows/s | ratio | start-up s | run s |",
+        "|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {item.name} | {item.num_prompts:,} | {item.rate:,.0f} | {item.rate / bare.rate:.2f}"
+            f" | {item.row_rate:,.0f} | {item.row_rate / bare.row_rate:.2f}"
+            f" | {item.start_seconds:.0f} | {item.seconds:.0f} |"
+            for item in measured
+        ),
+    ]
+
+
+def describe_tails(tails: list[Tail], num_prompts: int) -> list[str]:
+    """Return the table of tails."""
+    return [
+        f"Two engines on {num_prompts:,} prompts. Tail idle share: from the end of an engine's last answer to the last"
+        " answer of all, mean of both engines, by the length of the run; bare engines are compared as if both had"
+        " begun at once. `ray.data.llm` does not tell which replica answered a row.",
+        "",
+        "| | run s | tail idle share |",
+        "|---|---|---|",
+        *(f"| {tail.name} | {tail.seconds:.0f} | {tail.idle:.1%} |" for tail in tails),
+    ]
+
+
+def describe_generation(folder: Path, task: TaskConfig, num_prompts: int) -> str:
+    """Run everything and return the section."""
+    bench = open_bench(folder, task, num_prompts)
+    measured = measure_all(bench, folder)
+    tails = measure_tails(bench, folder, task)
+    killed: Killed = measure_killed(
+        bench.path,
+        folder,
+        task,
+        num_prompts=bench.num_part,
+        num_rows=int(ASKED_SHARE * measured[-1].num_accepted),
+    )
+    lines = [
+        f"Generation: {num_prompts:,} different questions of the starter's world that curation accepts, T=1, one core an"
+        f" engine; peers have the first {bench.num_part:,}. Ratios are to the first row, seconds run to the last answer,"
+        f" for the pipeline to the written pool, and it is asked for {ASKED_SHARE:.0%} of the rows that the first row's answers"
+        " gave, so that it ends with a pool. Peers' rows are curated after their clock has stopped. datatrove's runner starts"
+        " `vllm serve` itself (`vllm`, 500 requests at a time, ids and seeds over HTTP); its start-up, and `ray.data.llm`'s,"
+        " runs to the first answer.",
+        "",
+        *describe_rates(measured),
+        "",
+        *describe_tails(tails, bench.num_part),
+        "",
+        killed.describe(),
+    ]
+    return "\n".join(lines)

@@ -9,7 +9,7 @@ import torch
 
 from delia.config import MethodConfig
 from delia.curate.pipeline import CurateConfig
-from delia.flow.pool import PoolConfig, build_pool, pool_fingerprint
+from delia.flow.pool import LogMetrics, PoolConfig, build_pool, pool_fingerprint
 from delia.flow.trial import ArmConfig, plan_arm, seal_adapter
 from delia.flow.workspace import Workspace, open_workspace
 from delia.generate.engine import EngineConfig, SamplingConfig
@@ -133,9 +133,15 @@ def make_config() -> Callable[..., PoolConfig]:
 def build(make_config: Callable[..., PoolConfig]) -> Callable[..., Pool]:
     """Return a function that makes a pool with scripted engines; `num_replicas=None` starts none."""
 
-    def build(space: Workspace, config: PoolConfig | None = None, *, num_replicas: int | None = 1) -> Pool:
+    def build(
+        space: Workspace,
+        config: PoolConfig | None = None,
+        *,
+        num_replicas: int | None = 1,
+        log: LogMetrics = lambda metrics, step: None,
+    ) -> Pool:
         engine = None if num_replicas is None else EngineConfig(kind="scripted", num_replicas=num_replicas)
-        return build_pool(config or make_config(), space, engine=engine, log=lambda metrics, step: None)
+        return build_pool(config or make_config(), space, engine=engine, log=log)
 
     return build
 

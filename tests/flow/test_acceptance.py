@@ -10,7 +10,7 @@ import ray
 
 from delia.curate.pipeline import CurateConfig
 from delia.curate.selection import SelectConfig
-from delia.errors import ConfigError, PoolError
+from delia.errors import ConfigError, PoolError, StoreError
 from delia.flow import pool as flow
 from delia.flow.acceptance import host_acceptance
 
@@ -69,19 +69,48 @@ def test_one_that_dies_at_every_start_ends_the_job_with_the_number_and_the_way_o
     cluster, space, build, kill_at, local_stage
 ):
     local_stage()
-    started = kill_at(*[1] * flow.MAX_STARTS)
+    started = kill_at(*[1] * flow.MAX_LOSSES)
 
     with pytest.raises(
-        PoolError, match=r"the process that curates died 3 times .* memory .* run the job again"
+        PoolError, match=r"the process that curates died 3 times after 8 candidates .* run the job again"
     ):
         build(space)
-    assert len(started) == flow.MAX_STARTS
+    assert len(started) == flow.MAX_LOSSES
+
+
+def test_one_that_gets_further_at_every_start_is_started_as_often_as_it_takes(
+    cluster, space, build, kill_at, local_stage
+):
+    local_stage()
+    steps: list[int] = []
+    started = kill_at(1, 2, 3, 4)
+    pool = build(space, log=lambda metrics, step: steps.append(step))
+
+    assert len(started) == 5 > flow.MAX_LOSSES
+    progress = steps[:-1]  # the last metrics are the pool's, at the last step
+    assert progress == sorted(set(progress)), "a number was logged twice"
+    assert pool.manifest.counts["accepted"] == 36
 
 
 def test_an_error_in_its_process_is_raised_as_itself_before_anything_is_generated(
-    cluster, space, make_config, build
+    cluster, space, make_config, build, local_stage, monkeypatch
 ):
-    select = SelectConfig(method="os.path.join")
+    stage = local_stage()
+    monkeypatch.setattr(flow, "host_acceptance", host_acceptance)
 
     with pytest.raises(ConfigError, match="allow it with --allow-module"):
-        build(space, make_config(curate=CurateConfig(select=select)))
+        build(space, make_config(curate=CurateConfig(select=SelectConfig(method="os.path.join"))))
+    assert stage.answered == []
+
+
+def test_a_node_that_sees_another_directory_is_refused_before_anything_is_generated(
+    space, build, local_stage, monkeypatch
+):
+    stage = local_stage()
+    monkeypatch.setattr("delia.flow.acceptance.exists", lambda address: False)
+
+    with pytest.raises(
+        StoreError, match=r"output_dir='.*' is another directory on another node: .* all nodes share"
+    ):
+        build(space)
+    assert stage.answered == []

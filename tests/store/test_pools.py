@@ -268,3 +268,12 @@ def test_what_candidates_cost_is_summed_and_is_no_part_of_them(tmp_path: Path):
 def test_a_chunk_that_is_not_there_is_an_error(tmp_path: Path):
     with pytest.raises(StoreError, match="no file at"):
         read_candidates(str(tmp_path / "none.parquet"))
+
+
+def test_rows_that_can_be_iterated_once_only_are_refused_before_anything_is_committed(tmp_path: Path):
+    address = str(tmp_path / "pool")
+    once = iter([to_row_table(ROWS)])
+
+    with pytest.raises(StoreError, match="rows are iterated twice, and were 3 and then 0"):
+        write_pool(address, rows=once, rejections=[], fingerprint="f", parents={}, details={})
+    assert not (tmp_path / "pool" / MANIFEST).exists()

@@ -1,10 +1,12 @@
 """Spools: rows on disk come back in order, as often as they are read, and while more are added."""
 
+import errno
 import tempfile
 
 import pyarrow as pa
 import pytest
 
+from delia.errors import StoreError
 from delia.store.spool import Chain, Spool
 
 SCHEMA = pa.schema([("index", pa.int64()), ("text", pa.string())])
@@ -75,3 +77,16 @@ def test_a_spool_leaves_nothing_on_the_disk_even_where_its_process_is_killed(tmp
 
     assert read(spool) == [1, 2]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_with_the_place_and_the_way_out(spool, monkeypatch):
+    class Full:
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        flush = close = lambda self: None
+        closed = False
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **fields: Full())
+    with pytest.raises(StoreError, match=r"can't keep rows in '.*' .*: .*No space left.*; free space there"):
+        Spool(SCHEMA).add(make_table(1))

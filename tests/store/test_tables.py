@@ -12,13 +12,14 @@ from delia.store.tables import (
     FORMAT_VERSION,
     MANIFEST,
     Manifest,
-    check_writable,
     commit,
     exists,
     is_finished,
     join,
+    leave_mark,
     list_names,
     open_filesystem,
+    open_table,
     read_bytes,
     read_manifest,
     read_table,
@@ -115,11 +116,13 @@ def test_two_writers_of_one_file_on_hosts_with_equal_process_ids_leave_a_whole_o
 
 
 def test_a_directory_is_probed_without_a_trace_and_what_is_below_a_file_is_refused(address, tmp_path):
-    check_writable(address)
+    with leave_mark(address) as mark:
+        assert exists(mark)
     assert list_names(address) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"can't write .*file/x/.*; free space there or allow writing"):
-        check_writable(str(tmp_path / "file" / "x"))
+    below = leave_mark(str(tmp_path / "file" / "x"))
+    with pytest.raises(StoreError, match=r"can't write .*file/x/.*; free space there or allow writing"), below:
+        pass
 
 
 def test_a_missing_file_is_named(address):
@@ -191,3 +194,18 @@ def test_a_newer_format_is_refused_before_its_fields_are_looked_at(tmp_path):
 
     with pytest.raises(StoreError, match=f"version {FORMAT_VERSION + 1}.* up to {FORMAT_VERSION}; upgrade"):
         read_manifest(str(tmp_path), kind="pool")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no network"), RuntimeError])
+def test_a_table_whose_writing_is_broken_off_is_not_there(address, error):
+    """On an object store too, where what was written appears when it is closed, whatever has happened."""
+    path = join(address, "rows.parquet")
+    with (
+        pytest.raises((KeyboardInterrupt, StoreError, RuntimeError)),
+        open_table(path, TABLE.schema) as writer,
+    ):
+        writer.write_table(TABLE)
+        raise error
+
+    assert not exists(path)
+    assert "rows.parquet" not in list_names(address)

@@ -10,13 +10,13 @@ import pytest
 from pydantic import ValidationError
 
 from delia.config import MethodConfig
-from delia.errors import ConfigError
+from delia.errors import ConfigError, StoreError
 from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.rng import hash_text
 from delia.schema import Message, Row, SeedTask
 from delia.store.candidates import Candidate
 from delia.store.models import ModelConfig
-from delia.store.tables import list_names
+from delia.store.tables import list_names, read_table, write_table
 from delia.synthesize.dialogue import Dialogue
 from delia.synthesize.pipeline import StoredChunk, plan_chunks, synthesize
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
@@ -155,6 +155,20 @@ def test_what_a_killed_job_left_half_written_is_not_taken_for_a_chunk(local_stag
 
     assert len(flatten(list(run(make_config(), tmp_path)))) == 40
     assert len(set(stage.answered)) == 40
+
+
+def test_a_chunk_that_lacks_candidates_is_named_and_not_taken(local_stage, tmp_path):
+    local_stage()
+    list(run(make_config(), tmp_path))
+    short = tmp_path / find_recipe(make_config()) / "000000008-000000016.parquet"
+    write_table(str(short), read_table(str(short)).slice(0, 5))
+    chunks = list(run(make_config(), tmp_path))
+
+    assert len(chunks[0].read().candidates) == 8
+    with pytest.raises(
+        StoreError, match=f"'{short}' holds 5 candidates of 8; remove it and run its job again"
+    ):
+        chunks[1].read()
 
 
 def test_a_larger_pool_under_another_name_reuses_the_chunks_and_its_rows_bear_its_name(local_stage, tmp_path):

@@ -4,7 +4,7 @@
 
 To know duplicates, what is remembered of accepted instructions grows with their number. So acceptance is an actor of
 the cluster: the driver passes it addresses and sees counts, whatever the size of the pool. Rows and rejections wait on
-the disk of its node. An exception is `curate.select`: a selector sees all rows of its source at once.
+the disk of its node. A source under `curate.select`, which sees all its rows at once, is in memory as a whole.
 
 An acceptance that dies with its node is started anew and reads the stored chunks again, as a job does that was killed.
 """
@@ -16,11 +16,12 @@ from functools import partial
 from typing import Any, cast
 
 import ray
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
 from delia.curate.diversity import choose_sample
 from delia.curate.pipeline import CurateConfig
 from delia.curate.stopping import ENOUGH_ROWS, StopConfig, StopRule
-from delia.errors import PoolError
+from delia.errors import PoolError, StoreError
 from delia.flow.curation import Curation, open_curation
 from delia.flow.workspace import Workspace
 from delia.generate.calls import call
@@ -38,8 +39,12 @@ from delia.store.candidates import (
 )
 from delia.store.pools import write_pool
 from delia.store.spool import Chain, Spool
-from delia.store.tasks import TaskConfig
-from delia.synthesize.pipeline import Batch, StoredChunk, read_imported
+from delia.store.tables import exists
+from delia.synthesize.pipeline import Batch, StoredChunk
+
+
+class AcceptanceLostError(Exception):
+    """The process that holds an acceptance died, with its node or by itself; what it decided can be decided again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,7 @@ class Progress:
 
     @property
     def num_seen(self) -> int:
-        """Return the number of candidates that were decided on."""
+        """Return how many candidates were decided on."""
         return self.num_accepted + self.num_rejected
 
     def to_metrics(self) -> dict[str, float]:
@@ -101,12 +106,21 @@ class Acceptance:
         self._stopped: dict[str, str] = {}
         self._cost = Cost()
 
-    def begin(self) -> None:
+    def begin(self, mark: str) -> None:
         """Build the curators; apart from the constructor, whose errors an actor hides.
+
+        Args:
+            mark: A file of `output_dir`, written by the driver.
 
         Raises:
             ConfigError: No such embedder, language or selector.
+            StoreError: This node doesn't see the mark.
         """
+        if not exists(mark):
+            raise StoreError(
+                f"output_dir={self._space.output_dir!r} is another directory on another node: candidates are decided on"
+                " where there is room; set output_dir to a directory or a bucket that all nodes share"
+            )
         self._curation: Curation = self._open_curation()
 
     def open(self, names: Sequence[str]) -> None:
@@ -127,29 +141,35 @@ class Acceptance:
         """
         return self._decide(chunk.source, chunk.read())
 
-    def take_file(self, source: str, file: TaskConfig, *, size: int) -> Progress:
-        """Decide on the rows of a source that is a file, `size` at a time."""
-        for batch in read_imported(source, file, size=size):
-            self._decide(source, batch)
-            if self._sources[source].rule.reason:
-                break
-        return self._report()
+    def take_imported(self, source: str, batch: Batch) -> Progress:
+        """Decide on the next rows of a source that is a file."""
+        return self._decide(source, batch)
+
+    def check_supply(self, name: str) -> None:
+        """Hold that a source that has been read gave what it was asked for.
+
+        Raises:
+            PoolError: It ended without reason, or with nothing: what it gave, and why not more.
+        """
+        rule = self._sources[name].rule
+        if rule.reason and rule.num_accepted:
+            return
+        reasons = dict(self._curation.curators[name].counts)
+        end = f"the stop rule {rule.reason!r} ended it" if rule.reason else "its candidates ran out"
+        raise PoolError(
+            f"source {name!r} gave {rule.num_accepted} of {rule.num_rows} rows before {end} (rejected: {reasons});"
+            " raise max_candidates, loosen curate or stop, or ask for fewer rows"
+        )
 
     def close(self) -> None:
         """End the round: hold that each source gave what it was asked for, and select.
 
         Raises:
-            PoolError: A source ended without reason, or with nothing: what it gave, and why not more.
+            PoolError: See `check_supply`.
         """
         for name in self._round:
+            self.check_supply(name)
             rule = self._sources[name].rule
-            if not (rule.reason and rule.num_accepted):
-                reasons = dict(self._curation.curators[name].counts)
-                end = f"the stop rule {rule.reason!r} ended it" if rule.reason else "its candidates ran out"
-                raise PoolError(
-                    f"source {name!r} gave {rule.num_accepted} of {rule.num_rows} rows before {end} (rejected:"
-                    f" {reasons}); raise max_candidates, loosen curate or stop, or ask for fewer rows"
-                )
             if self._curation.selector is not None:
                 self._select(name)
             if rule.reason != ENOUGH_ROWS:
@@ -263,4 +283,12 @@ class _Calls:
         self._actor = actor
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(call, getattr(self._actor, name))
+        return partial(self._call, name)
+
+    def _call(self, name: str, *args: Any, **options: Any) -> Any:
+        try:
+            return call(getattr(self._actor, name), *args, **options)
+        except (RayActorError, OutOfMemoryError, ObjectLostError) as error:
+            if getattr(error, "actor_init_failed", False):
+                raise
+            raise AcceptanceLostError(str(error).strip().rpartition("\n")[2]) from error

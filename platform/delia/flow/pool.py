@@ -3,7 +3,8 @@
     round of sources: synthesize --chunks--> Acceptance --> closed; the next round feeds on it
     all rounds --> rows.parquet, rejected.parquet, manifest
 
-The driver plans chunks and passes on their addresses: no row goes through it, but those that a source feeds on.
+The driver plans chunks and passes on their addresses: no row goes through it, but those of imported files and those
+that a source feeds on.
 
 A source of N accepted rows is the accepted part of candidates 0..m, m the smallest index that reaches N or
 the stop rule: neither replicas, nor the order of chunks, nor restarts change it.
@@ -14,25 +15,23 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 
-from ray.exceptions import RayActorError
-
 from delia.config import FrozenConfig, fingerprint
 from delia.curate.pipeline import CurateConfig
 from delia.curate.stopping import StopConfig
 from delia.errors import ConfigError, PoolError
-from delia.flow.acceptance import Acceptance, host_acceptance
+from delia.flow.acceptance import Acceptance, AcceptanceLostError, host_acceptance
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
 from delia.store.pools import Pool, read_pool
-from delia.store.tables import check_writable, is_finished
+from delia.store.tables import is_finished, leave_mark
 from delia.synthesize.dialogue import Dialogue
-from delia.synthesize.pipeline import StoredChunk, plan_rounds, synthesize
+from delia.synthesize.pipeline import StoredChunk, plan_rounds, read_imported, synthesize
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 logger = logging.getLogger(__name__)
 
-MAX_STARTS = 3
-"""How often a pool is begun before a curating process that dies ends the job."""
+MAX_LOSSES = 3
+"""How often a curating process may die in a row and get no further, before it ends the job."""
 
 LogMetrics = Callable[[dict[str, float], int], None]
 
@@ -68,9 +67,11 @@ def build_pool(
         allowed_modules: Modules outside `delia.methods` that settings may name.
 
     Raises:
-        PoolError: A source ran out of candidates before it had enough rows, with the numbers.
-        ConfigError: The engine admits fewer ids than `max_length`.
-        StoreError: `output_dir` can't be written, or a stored file was damaged.
+        PoolError: A source ran out of candidates before it had enough rows, with the numbers; or the process that
+            curates died again and again.
+        ConfigError: The engine admits fewer ids than `max_length`, or a rule of `curate` names nothing.
+        EngineError: No engine can start, or it fails on everything.
+        StoreError: `output_dir` can't be written or is not shared by all nodes, or a stored chunk was damaged.
     """
     name = pool_fingerprint(config, space)
     address = space.address("pools", name)
@@ -78,22 +79,23 @@ def build_pool(
         return read_pool(address)
     if engine is not None:
         check_room(config, engine)
-    check_writable(space.output_dir)
     started = time.monotonic()
-    for num_left in reversed(range(MAX_STARTS)):
+    forward, num_lost, reached = _Forward(log), 0, 0
+    while True:
         try:
             metrics, num_seen = _make_pool(
-                config, space, name, engine=engine, log=log, allowed_modules=allowed_modules
+                config, space, name, engine=engine, log=forward, allowed_modules=allowed_modules
             )
             break
-        except RayActorError as error:  # engines are restarted by Ray; what died is the acceptance
-            reason = str(error).strip().rpartition("\n")[2]
-            if not num_left:
+        except AcceptanceLostError as error:
+            num_lost = 1 if forward.reached > reached else num_lost + 1
+            reached = forward.reached
+            if num_lost == MAX_LOSSES:
                 raise PoolError(
-                    f"the process that curates died {MAX_STARTS} times (last: {reason}); see whether its node"
-                    " has memory for what the pool remembers, and run the job again"
+                    f"the process that curates died {MAX_LOSSES} times after {reached} candidates (last: {error}); see"
+                    " whether its node has memory for what the pool remembers, and run the job again"
                 ) from error
-            logger.warning("the process that curates died; it starts anew from the stored chunks: %s", reason)
+            logger.warning("the process that curates died; it starts anew from the stored chunks: %s", error)
     log({"synthesize/seconds": time.monotonic() - started, **metrics}, num_seen)
     return read_pool(address)
 
@@ -113,14 +115,16 @@ def _make_pool(
     with host_acceptance(
         config.curate, config.stop, space, num_rows=targets, allowed_modules=allowed_modules
     ) as acceptance:
-        acceptance.begin()
+        with leave_mark(space.output_dir) as mark:
+            acceptance.begin(mark)
         for sources in plan_rounds(config.synthesize):
             acceptance.open([source.name for source in sources])
-            progress = None
             for source in sources:
                 if source.rows is not None:
-                    progress = acceptance.take_file(source.name, source.rows, size=size)
-                    log(progress.to_metrics(), progress.num_seen)
+                    for batch in read_imported(source.name, source.rows, size=size):
+                        progress = acceptance.take_imported(source.name, batch)
+                        log(progress.to_metrics(), progress.num_seen)
+                    acceptance.check_supply(source.name)
             written = tuple(source for source in sources if source.rows is None)
             if written:
                 chunks = _generate(
@@ -134,6 +138,19 @@ def _make_pool(
                             break
             acceptance.close()
         return acceptance.write(space.address("pools", name), fingerprint=name, engine=engine)
+
+
+class _Forward:
+    """Logs what goes beyond what was logged before: a pool that is begun again repeats itself."""
+
+    def __init__(self, log: LogMetrics) -> None:
+        self.reached = 0
+        self._log = log
+
+    def __call__(self, metrics: dict[str, float], num_seen: int) -> None:
+        if num_seen > self.reached:
+            self.reached = num_seen
+            self._log(metrics, num_seen)
 
 
 def check_room(config: PoolConfig, engine: EngineConfig) -> None:
@@ -159,7 +176,7 @@ def _generate(
     engine: EngineConfig | None,
     allowed_modules: tuple[str, ...],
 ) -> Generator[StoredChunk, None, None]:
-    """Return the candidates that a round's methods write, stored ones first."""
+    """Return where the candidates lie that a round's methods write, stored ones first."""
     tokens = dict(space.chat.token_ids)
     feed = dict.fromkeys(name for source in sources for name in source.feeds_on)
     dialogue = Dialogue(

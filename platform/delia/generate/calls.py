@@ -17,4 +17,6 @@ def call(method: Any, *args: Any, **options: Any) -> Any:
     try:
         return ray.get(method.remote(*args, **options))
     except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, DeliaError) else error) from error
+        if isinstance(error.cause, DeliaError):
+            raise error.cause from error
+        raise

@@ -85,9 +85,15 @@ def write_pool(  # a pool's two tables and the three fields of its manifest
                 " a stored pool is not overwritten: write to another directory"
             )
     reasons: Counter[str] = Counter()
+    num_written = 0
     with open_table(join(address, ROWS), ROW_SCHEMA) as writer:
         for table in rows:
             writer.write_table(table)
+            num_written += table.num_rows
+    if num_written != tree.num_leaves:
+        raise StoreError(
+            f"{address!r}: rows are iterated twice, and were {tree.num_leaves} and then {num_written}; give a sequence"
+        )
     with open_table(join(address, REJECTED), REJECTION_SCHEMA) as writer:
         for table in rejections:
             writer.write_table(table)

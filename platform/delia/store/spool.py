@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from delia.errors import StoreError
+
 _BATCH_ROWS = 4096
 """Rows that are handed out at a time, also where they came a few at a time."""
 
@@ -33,15 +35,25 @@ class Spool:
         )
 
     def add(self, table: pa.Table) -> None:
-        """Append rows."""
-        self._writer.write_table(table)
+        """Append rows.
+
+        Raises:
+            StoreError: This machine's disk is full.
+        """
+        try:
+            self._writer.write_table(table)
+            self._file.flush()
+        except OSError as error:
+            raise StoreError(
+                f"can't keep rows in {tempfile.gettempdir()!r} until they are written: {error}; free space there, on"
+                " each node, or set TMPDIR"
+            ) from error
         self.num_rows += table.num_rows
 
     def __iter__(self) -> Iterator[pa.Table]:
         """Yield all rows so far, in order; may be called again, and rows may be added afterwards."""
         if not self.num_rows:
             return  # nothing is written before the first rows, the schema neither
-        self._file.flush()
         batches: list[pa.RecordBatch] = []
         # through /proc it is opened once more, at an offset of its own
         with open(f"/proc/self/fd/{self._file.fileno()}", "rb") as file, pa.ipc.open_stream(file) as reader:

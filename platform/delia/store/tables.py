@@ -10,6 +10,7 @@ beside its name and moved onto it, so a half-written one is never taken for a wh
 import importlib.resources
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -109,8 +110,12 @@ def _open_sink(address: str) -> Iterator[Any]:
     with _writing(address):
         filesystem.create_dir(path.rpartition("/")[0], recursive=True)
         if not isinstance(filesystem, pafs.LocalFileSystem):
-            with filesystem.open_output_stream(path) as stream:  # an object appears when it is closed
-                yield stream
+            with tempfile.TemporaryFile() as file:
+                yield file
+                file.seek(0)
+                # an object appears when its stream is closed, whatever has happened: all is there before it is opened
+                with filesystem.open_output_stream(path) as stream:
+                    shutil.copyfileobj(file, stream)
             return
         partial = f"{path}.partial-{uuid.uuid4().hex}"  # a process id is not unique where hosts share a disk
         try:
@@ -133,17 +138,24 @@ def write_bytes(address: str, data: bytes) -> None:
         sink.write(data)
 
 
-def check_writable(address: str) -> None:
-    """Write a small file into a directory, and remove it: for work that is lost where it can't be kept.
+@contextmanager
+def leave_mark(address: str) -> Iterator[str]:
+    """Write a small file into a directory, and remove it at the end: work is lost where it can't be kept.
+
+    Yields:
+        The file's address, by which another process can tell whether it sees the same directory.
 
     Raises:
-        StoreError: With the reason.
+        StoreError: It can't be written, with the reason.
     """
-    probe = join(address, f".writable-{uuid.uuid4().hex}")
-    write_bytes(probe, bytes(4096))
-    filesystem, path = open_filesystem(probe)
-    with suppress(OSError):  # who may write may not be allowed to remove
-        filesystem.delete_file(path)
+    mark = join(address, f".writable-{uuid.uuid4().hex}")
+    write_bytes(mark, bytes(4096))
+    try:
+        yield mark
+    finally:
+        filesystem, path = open_filesystem(mark)
+        with suppress(OSError):  # who may write may not be allowed to remove
+            filesystem.delete_file(path)
 
 
 def read_bytes(address: str) -> bytes:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
+from delia.errors import StoreError
 from delia.generate.engine import EngineConfig
 from delia.generate.pipeline import run_script
 from delia.rng import hash_text
@@ -58,14 +59,20 @@ class StoredChunk:
 
     source: str
     address: str
+    num_candidates: int
 
     def read(self) -> Batch:
         """Read the candidates; the job that stored them may have called the source otherwise.
 
         Raises:
-            StoreError: The file is missing or was changed.
+            StoreError: The file is missing, not whole, or was changed.
         """
         table = read_table(self.address)
+        if table.num_rows != self.num_candidates:
+            raise StoreError(
+                f"{self.address!r} holds {table.num_rows} candidates of {self.num_candidates}; remove it and run its"
+                " job again, which makes it anew"
+            )
         candidates = from_candidate_table(table, address=self.address)
         own = tuple(replace(item, source=self.source) for item in candidates)
         return Batch(candidates=own, cost=sum_cost(table))
@@ -96,7 +103,7 @@ def plan_rounds(config: SynthesizeConfig) -> list[tuple[SourceConfig, ...]]:
 def synthesize(
     dialogue: Dialogue, *, chunk_size: int, engine: EngineConfig | None, address: str
 ) -> Generator[StoredChunk, None, None]:
-    """Yield the stored candidates of one round, in index order a source; stop reading to stop generating.
+    """Yield where the candidates of one round lie, in index order a source; stop reading to stop generating.
 
     Args:
         dialogue: The round's sources, and what their methods may use.
@@ -170,5 +177,9 @@ class _Ready:
         self._waiting[chunk.source, chunk.start] = chunk
         while (key := (chunk.source, self._next[chunk.source])) in self._waiting:
             self._next[chunk.source] += self._size
-            name = self._waiting.pop(key).name
-            yield StoredChunk(source=chunk.source, address=join(self._folders[chunk.source], name))
+            ready = self._waiting.pop(key)
+            yield StoredChunk(
+                source=ready.source,
+                address=join(self._folders[ready.source], ready.name),
+                num_candidates=ready.stop - ready.start,
+            )
