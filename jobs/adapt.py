@@ -38,8 +38,8 @@ def main() -> None:
     has_server = bool(config.track.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
     print("\ntry next:")
     print(f"  {tools}/delia ask {adapter} {shlex.quote(find_question(config))}")
-    serve = f"vllm serve {adapter}" if verified.form == "whole" else f"delia export {adapter} --output exported"
-    print(f"  {tools}/{serve}")
+    serve = "vllm serve {}" if verified.form == "whole" else "delia export {} --output exported"
+    print(f"  {tools}/{serve.format(adapter)}")
     print("  open the tracking server" if has_server else f"  {tools}/mlflow ui {store}")
     print(f"  {tools}/python jobs/adapt.py starter_lingo --set task.path=your.jsonl")
 

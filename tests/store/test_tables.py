@@ -121,7 +121,10 @@ def test_a_directory_is_probed_without_a_trace_and_what_is_below_a_file_is_refus
     assert list_names(address) == []
     (tmp_path / "file").write_text("")
     below = leave_mark(str(tmp_path / "file" / "x"))
-    with pytest.raises(StoreError, match=r"can't write .*file/x/.*; free space there or allow writing"), below:
+    with (
+        pytest.raises(StoreError, match=r"can't write .*file/x/.*; free space there or allow writing"),
+        below,
+    ):
         pass
 
 
