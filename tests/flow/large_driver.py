@@ -22,7 +22,8 @@ from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 STARTER = ModelConfig(path="package://delia.starter/weights")
 NO_TASK = Task(name="t", digest="d", rows_by_split={"train": (), "dev": (), "test": ()})
-CHUNK_SIZE = 2048
+CHUNK_SIZE = 8192
+"""What Ray Data keeps in the driver is by chunk, some 12 kB of each: a large pool wants large ones."""
 NUM_REPORTS = 50
 
 
