@@ -1,11 +1,8 @@
 """What a job would fail of after hours is refused before it starts."""
 
 import dataclasses
-import shutil
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from delia.config import MethodConfig
 from delia.errors import ChatError, ConfigError, MixtureError, TaskFileError, TrainError
@@ -27,7 +24,7 @@ from delia.generate.engine import EngineConfig
 from delia.mix.mixture import MixConfig
 from delia.recipes.starter import STARTER, sep_hallucination, starter_sep
 from delia.schema import Message, SeedTask, Task
-from delia.store.models import ModelConfig, resolve_model
+from delia.store.models import ModelConfig
 from delia.store.tasks import TaskConfig
 from delia.train.settings import StageConfig, TrainConfig
 
@@ -235,33 +232,6 @@ def test_a_source_whose_method_file_or_teacher_is_missing_is_refused_before_any_
 @pytest.mark.parametrize("recipe", [starter_sep(), sep_hallucination()], ids=lambda recipe: recipe.name)
 def test_the_shipped_recipes_pass(recipe, tmp_path):
     open_job(recipe.model_copy(update={"output_dir": str(tmp_path)}))
-
-
-def test_a_job_over_a_quantised_base_is_refused_without_a_gpu(tmp_path):
-    recipe = starter_sep().model_copy(update={"output_dir": str(tmp_path)})
-    quantised = recipe.model.model_copy(update={"quantisation": "nf4"})
-    with pytest.raises(ConfigError, match=r"model\.quantisation=nf4 needs a GPU"):
-        open_job(recipe.model_copy(update={"model": quantised}))
-
-
-def test_a_full_tuning_of_a_base_that_could_not_be_written_back_is_refused(tmp_path):
-    base = tmp_path / "base"
-    shutil.copytree(resolve_model(STARTER), base)
-    stages = (StageConfig(max_steps=1, parts=("base",)),)
-    arm = starter_sep().arm
-    arm = arm.model_copy(update={"train": TrainConfig(lora=None, stages=stages)})
-    recipe = starter_sep().model_copy(
-        update={"arm": arm, "model": ModelConfig(path=str(base)), "output_dir": str(tmp_path)}
-    )
-    open_job(recipe)
-    weights = load_file(base / "model.safetensors")
-    save_file(
-        weights | {"model.old.inv_freq": torch.zeros(2)},
-        base / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    with pytest.raises(TrainError, match=r"other names \(files alone: \['model\.old\.inv_freq'\]"):
-        open_job(recipe)
 
 
 def test_a_job_is_refused_for_each_of_the_three(tmp_path):

@@ -38,7 +38,7 @@ REJECTED = "rejected.parquet"
 class Pool:
     """A finished pool: its manifest, and its rows where they are asked for.
 
-    `load` reads and verifies the rows, in the order (source, index); equal manifests are equal pools.
+    `load` reads and verifies the rows, in the order (source, index); two pools are compared by their manifests.
     """
 
     manifest: Manifest
