@@ -100,7 +100,7 @@ def test_a_table_without_the_column_or_with_a_row_twice_is_refused(tmp_path: Pat
         (make_arm(kl_weight=1.0), r"main: train\.kl_weight=1 holds diverse rows .* mix\.diverse_ratio is 0"),
         (
             make_arm(ratio=1.0, kl_weight=1.0, lora=LoraConfig(init="pissa")),
-            r"train\.lora\.init=pissa takes its start out of it",
+            r"train\.lora\.init=pissa starts over another weight",
         ),
         (make_arm(row_scores=RowScoresConfig(path="x", column="y")), r"set train\.token_weighter"),
         (make_arm(token_weighter=MethodConfig(method="delia.methods.token_weighter.dft.Dft")), "no method"),

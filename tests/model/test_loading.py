@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model, replace_lora_weights_loftq
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM
@@ -49,7 +51,7 @@ def test_one_worker_with_a_gpu_may_train_over_a_quantised_base(quantisation):
         ({"trains_base": True}, r"a stage of train\.stages moves the base; train LoRA"),
         ({"offload": True}, r"can't be sharded, .*train\.offload=true"),
         ({"lora": LoraConfig(init="pissa")}, r"train\.lora\.init=pissa takes its start out of that weight"),
-        ({"lora": LoraConfig(init="olora")}, r"take init=default or eva, or quantisation=none"),
+        ({"lora": LoraConfig(init="olora")}, r"take init=default, eva or loftq, or quantisation=none"),
     ],
 )
 def test_what_no_quantised_base_bears_is_refused(quantisation, changes, reason):
@@ -63,6 +65,19 @@ def test_magnitudes_over_eight_bits_are_refused():
     check(make_settings("nf4"), lora=dora)
     with pytest.raises(ConfigError, match=r"int8 .*train\.lora\.use_dora=true.*nf4"):
         check(make_settings("int8"), lora=dora)
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "use_dora"),
+    [("none", False), ("int8", False), ("nf4", True)],
+    ids=["none", "int8", "dora"],
+)
+def test_loftq_is_over_four_bits_and_without_magnitudes(quantisation, use_dora):
+    check(make_settings("nf4"), lora=LoraConfig(init="loftq"))
+    with pytest.raises(
+        ConfigError, match=rf"init=loftq .*quantisation={quantisation} .*set quantisation=nf4"
+    ):
+        check(make_settings(quantisation), lora=LoraConfig(init="loftq", use_dora=use_dora))
 
 
 # ---- in the process that loads
@@ -194,3 +209,28 @@ def test_lora_and_rows_learn_over_a_quantised_base_and_are_exported_over_the_pla
         gap = load_adapted(settings, tmp_path)(input_ids=ids_BT).logits
         gap = (gap - model(input_ids=ids_on_gpu).logits.cpu()).abs().mean()
     assert gap < 2 * lost
+
+
+@pytest.mark.gpu
+def test_loftq_starts_where_pefts_own_does_and_nearer_to_the_base_than_rounding_left_it(save_model):
+    """PEFT's leaves LoRA's scaling out, so the comparison is at 1."""
+    settings = save_model("llama").model_copy(update={"quantisation": "nf4"})
+    lora = LoraConfig(rank=4, alpha=4, dropout=0.0, target_modules="all-linear", init="loftq")
+    whole, ids_BT = load_base(settings), torch.arange(20, 60).reshape(4, 10)
+    model = attach(load_base(settings, for_training=True), lora=lora, whole=whole)
+    plain = PeftLoraConfig(r=4, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    peer = get_peft_model(load_base(settings, for_training=True), plain)
+    replace_lora_weights_loftq(peer, settings.path)
+    ours, theirs = dict(model.named_parameters()), dict(peer.get_base_model().named_parameters())
+    names = [name for name in ours if ".lora_A." in name]
+    assert len(names) == 2 * 7
+    for name in names:
+        other = name.replace(".lora_A.", ".lora_B.")
+        torch.testing.assert_close(
+            (ours[other] @ ours[name]).float(), (theirs[other] @ theirs[name]).float(), atol=1e-4, rtol=1e-3
+        )
+    with torch.no_grad():
+        expected = whole(input_ids=ids_BT).logits
+        rounded = load_base(settings, for_training=True)(input_ids=ids_BT.cuda()).logits.cpu()
+        started = model(input_ids=ids_BT.cuda()).logits.cpu()
+    assert (started - expected).abs().mean() < 0.9 * (rounded - expected).abs().mean()

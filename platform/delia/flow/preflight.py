@@ -19,7 +19,7 @@ from delia.generate.engine import EngineConfig
 from delia.metrics import score_name
 from delia.mix.mixture import MixConfig, count_rows
 from delia.model.loading import check_quantisation, load_shapes
-from delia.model.lora import MOVES_BASE
+from delia.model.lora import STARTS_ELSEWHERE
 from delia.schema import Message, Split, Task
 from delia.store.models import resolve_model
 from delia.store.tasks import read_task
@@ -57,10 +57,10 @@ def check_train_methods(arms: Mapping[str, ArmConfig]) -> None:
                 f"{name}: train.kl_weight={arm.train.kl_weight:g} holds diverse rows to the base, and mix.diverse_ratio"
                 " is 0; raise the ratio, or unset kl_weight"
             )
-        if arm.train.kl_weight is not None and arm.train.lora and arm.train.lora.init in MOVES_BASE:
+        if arm.train.kl_weight is not None and arm.train.lora and arm.train.lora.init in STARTS_ELSEWHERE:
             raise ConfigError(
-                f"{name}: train.kl_weight needs the base as it was, and train.lora.init={arm.train.lora.init} takes"
-                " its start out of it; take init=default or eva, or unset kl_weight"
+                f"{name}: train.kl_weight needs the base as it was, and train.lora.init={arm.train.lora.init} starts"
+                " over another weight; take init=default or eva, or unset kl_weight"
             )
 
 

@@ -87,6 +87,7 @@ def attach(
     trains_base: bool = False,
     seed: int = 0,
     task_rows: Sequence[Sequence[int]] = (),
+    whole: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """Put LoRA layers and token rows on a base, in place; a new adapter changes no output.
 
@@ -97,6 +98,7 @@ def attach(
         trains_base: Whether the base's own parameters are, which stay frozen otherwise.
         seed: All that a random start depends on.
         task_rows: Token ids of the task's own rows, in order; only `lora.init` corda and eva read them.
+        whole: The base before it was quantised; only `lora.init` loftq reads it.
 
     Raises:
         ConfigError: Nothing is to be trained, or see `inject_lora`.
@@ -107,7 +109,7 @@ def attach(
             "nothing to train: set train.lora, a task with a token, both, or stages whose parts name the base"
         )
     if lora is not None:
-        inject_lora(model, lora, seed=seed, task_rows=task_rows)
+        inject_lora(model, lora, seed=seed, task_rows=task_rows, whole=whole)
     if ids:
         embedding = model.get_input_embeddings()
         if not isinstance(embedding, nn.Embedding):

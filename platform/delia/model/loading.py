@@ -99,8 +99,14 @@ def check_quantisation(
     Raises:
         ConfigError: No GPU, several workers or offloaded shards (packed weights are not sharded), a start that
             takes something out of the base's weight, or magnitudes over eight-bit weights; the base's own
-            parameters, which have no gradient when they are rounded.
+            parameters, which have no gradient when they are rounded; LoftQ over anything but four bits.
     """
+    if lora is not None and lora.init == "loftq" and (model.quantisation != "nf4" or lora.use_dora):
+        raise ConfigError(
+            "train.lora.init=loftq starts from what quantising to four bits lost, got"
+            f" model.quantisation={model.quantisation} and train.lora.use_dora={str(lora.use_dora).lower()} (whose"
+            " magnitudes are of another start); set quantisation=nf4 and use_dora=false, or init=default"
+        )
     if model.quantisation == "none":
         return
     name = f"model.quantisation={model.quantisation}"
@@ -119,7 +125,7 @@ def check_quantisation(
     if lora is not None and lora.init in MOVES_BASE:
         raise ConfigError(
             f"{name} rounds the base's weight, and train.lora.init={lora.init} takes its start out of that weight;"
-            " take init=default or eva, or quantisation=none"
+            " take init=default, eva or loftq, or quantisation=none"
         )
     if lora is not None and lora.use_dora and model.quantisation == "int8":
         raise ConfigError(

@@ -8,16 +8,22 @@
     olora             the first columns of the weight's QR decomposition: Büyükakyüz 2024, arXiv 2406.01775
     corda             singular vectors of weight x covariance of its inputs: Yang et al. 2024, arXiv 2406.05223
     eva               A from the principal directions of the inputs, B zero: Paischer et al. 2024, arXiv 2410.07170
+    loftq             what quantising to four bits lost, W - Q: Li et al. 2023, arXiv 2310.08659
 
-All are PEFT's own. PiSSA, OLoRA and CorDA take their start out of the base: W' = W - s B0 A0. What is
+All but the last are PEFT's own. PiSSA, OLoRA and CorDA take their start out of the base: W' = W - s B0 A0. What is
 trained over W' is plain LoRA of twice the rank over W, [B, -B0] [A; A0], so A0 and B0 stay with the layer
 as buffers. Neither shards nor checkpoints hold these: each start of a run makes them anew from the same
 seed, base and rows. EVA differs from its paper: no module gives rank to another.
+
+LoftQ starts over W' = Q, which quantising has made, so that Q + s B0 A0 is the nearest to W that the rank allows
+(one step of the paper's alternation, as PEFT's `replace_lora_weights_loftq` does it, which leaves out s). It is
+exported alike: what training changed, s (B A - B0 A0), over W. That is what was trained but for
+W - Q - s B0 A0, which no rank could hold; over a quantised base without LoftQ all of W - Q is missing.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +32,8 @@ from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
-from pydantic import Field, field_validator
+from peft.utils.integrations import dequantize_bnb_weight
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -34,11 +41,13 @@ from transformers import PreTrainedModel
 from delia.config import FrozenConfig
 from delia.errors import ConfigError
 
-LoraInit = Literal["default", "pissa", "pissa_niter_16", "olora", "corda", "eva"]
+LoraInit = Literal["default", "pissa", "pissa_niter_16", "olora", "corda", "eva", "loftq"]
 ALL_LINEAR = "all-linear"
 ADAPTER_NAME = "default"
 MOVES_BASE: frozenset[LoraInit] = frozenset({"pissa", "pissa_niter_16", "olora", "corda"})
 """The starts that are taken out of the base's weight."""
+STARTS_ELSEWHERE: frozenset[LoraInit] = MOVES_BASE | {"loftq"}
+"""The starts over another weight than the base's, to which the export goes back."""
 READS_ROWS: frozenset[LoraInit] = frozenset({"corda", "eva"})
 """The starts that read the task's rows."""
 MAX_ROWS = 256
@@ -63,17 +72,6 @@ class LoraConfig(FrozenConfig):
     use_rslora: bool = False
     init: LoraInit = "default"
 
-    @field_validator("init", mode="before")
-    @classmethod
-    def _refuse_loftq(cls, value: object) -> object:
-        if value == "loftq":
-            raise ValueError(
-                "LoftQ fits A and B to what quantising lost, so that its adapter belongs over the quantised base"
-                " and over no other, and PEFT computes it on a GPU alone; take model.quantisation=nf4 with"
-                " init=default or eva"
-            )
-        return value
-
     @property
     def scaling(self) -> float:
         """Return the factor of B A."""
@@ -81,7 +79,12 @@ class LoraConfig(FrozenConfig):
 
 
 def inject_lora(
-    model: PreTrainedModel, lora: LoraConfig, *, seed: int, task_rows: Sequence[Sequence[int]] = ()
+    model: PreTrainedModel,
+    lora: LoraConfig,
+    *,
+    seed: int,
+    task_rows: Sequence[Sequence[int]] = (),
+    whole: PreTrainedModel | None = None,
 ) -> None:
     """Put LoRA layers on a base, in place.
 
@@ -90,6 +93,7 @@ def inject_lora(
         lora: The settings.
         seed: All that a random start depends on.
         task_rows: Token ids of the task's rows, read by the starts corda and eva.
+        whole: The base before it was quantised, read by the start loftq.
 
     Raises:
         ConfigError: A target that is no linear layer of the model or its head, a rank that a target has no
@@ -98,7 +102,7 @@ def inject_lora(
     targets = find_targets(model, lora.target_modules)
     rows = [list(row) for row in task_rows[:MAX_ROWS]]
     check_start(lora, targets, rows)
-    init: Any = True if lora.init == "default" else lora.init
+    init: Any = True if lora.init in ("default", "loftq") else lora.init
     config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -121,8 +125,11 @@ def inject_lora(
     for name, direction_RI in directions.items():
         layer: Any = model.get_submodule(name)
         layer.lora_A[ADAPTER_NAME].weight.data.copy_(direction_RI)
+    if lora.init == "loftq":
+        assert whole is not None  # `check_quantisation` has seen a quantised base
+        _fit_loss(model, whole, lora)
     if lora.init != "default":
-        _settle_start(model, moves_base=lora.init in MOVES_BASE)
+        _settle_start(model, moves_base=lora.init in MOVES_BASE, keeps_start=lora.init in STARTS_ELSEWHERE)
 
 
 def find_targets(model: PreTrainedModel, targets: tuple[str, ...] | str) -> dict[str, nn.Linear]:
@@ -225,7 +232,21 @@ def _batch_rows(rows: Sequence[Sequence[int]], *, least: int) -> list[dict[str, 
 
 
 @torch.no_grad()
-def _settle_start(model: nn.Module, *, moves_base: bool) -> None:
+def _fit_loss(model: PreTrainedModel, whole: PreTrainedModel, lora: LoraConfig) -> None:
+    """Start every layer at the largest singular vectors of what quantising took from its weight."""
+    layers: dict[str, Any] = {n: layer for n, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for name, layer in layers.items():
+        kept_OI = dequantize_bnb_weight(layer.get_base_layer().weight)
+        base = cast(nn.Linear, whole.get_submodule(name))
+        lost_OI = base.weight.to(kept_OI.device, torch.float32) - kept_OI.float()
+        left_OK, values_K, right_KI = torch.linalg.svd(lost_OI / lora.scaling, full_matrices=False)
+        roots_R = values_K[: lora.rank].sqrt()
+        layer.lora_A[ADAPTER_NAME].weight.copy_(roots_R[:, None] * right_KI[: lora.rank])
+        layer.lora_B[ADAPTER_NAME].weight.copy_(left_OK[:, : lora.rank] * roots_R)
+
+
+@torch.no_grad()
+def _settle_start(model: nn.Module, *, moves_base: bool, keeps_start: bool) -> None:
     """Give all workers the first one's start, and keep A0 and B0 where the base gave them up.
 
     Two machines may round a singular vector to opposite signs; shards of both would fit nowhere.
@@ -235,7 +256,7 @@ def _settle_start(model: nn.Module, *, moves_base: bool) -> None:
         for name, parameter in layer.named_parameters():
             if is_shared and (moves_base or not name.startswith("base_layer.")):
                 dist.broadcast(parameter.data, src=0)
-        if moves_base:
+        if keeps_start:
             for matrix in "AB":
                 weight = getattr(layer, f"lora_{matrix}")[ADAPTER_NAME].weight
                 layer.register_buffer(f"start_{matrix}", weight.detach().clone(), persistent=False)

@@ -57,6 +57,7 @@ def build_model(task: TrainInput) -> PreTrainedModel:
     stand_ins: list[int | None] = []
     if config.token_init == "stand_in":
         stand_ins = [find_stand_in(model, task_rows, token_id) for token_id in task.token_ids]
+    starts_from_loss = config.lora is not None and config.lora.init == "loftq"
     attach(
         model,
         lora=config.lora,
@@ -64,6 +65,7 @@ def build_model(task: TrainInput) -> PreTrainedModel:
         trains_base=config.trains_base,
         seed=config.seed,
         task_rows=[ids for ids, _ in task_rows],
+        whole=load_base(task.model) if starts_from_loss else None,
     )
     if config.trains_base:
         check_storable(model, task.model)
