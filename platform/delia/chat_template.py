@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -66,7 +67,7 @@ class ChatTemplate:
                 )
         return texts[0], spans[0] if spans else []
 
-    @property
+    @cached_property
     def has_markers(self) -> bool:
         """Tell whether the template marks what the assistant writes."""
         return _MARKERS.search(self.text) is not None

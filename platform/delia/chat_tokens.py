@@ -125,8 +125,8 @@ class TokenTable:
 
     def choose_marker(self, texts: Iterable[str]) -> str:
         """Return a private-use character that none of the texts holds."""
-        taken = set("".join(texts))
-        return next(chr(code) for code in PRIVATE_USE if chr(code) not in taken)
+        given = tuple(texts)
+        return next(chr(code) for code in PRIVATE_USE if not any(chr(code) in text for text in given))
 
     def swap(self, text: str, marker: str) -> str:
         """Replace control tokens' texts by their names `M12M`, and names by texts; its own inverse."""
@@ -172,7 +172,7 @@ class TokenTable:
         return str(text)
 
     def _count(self, ids: Iterable[int]) -> int:
-        return sum(token_id in self._counted_ids for token_id in ids)
+        return sum(map(self._counted_ids.__contains__, ids))
 
     def _guard(self, marker: str) -> Tokenizer:
         """Return the tokenizer whose control tokens are called `M12M`, built once for a marker."""

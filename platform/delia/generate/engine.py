@@ -88,7 +88,7 @@ class EngineConfig(FrozenConfig):
     max_model_len: int = 512
     max_num_seqs: int = 256
     batch_size: int = 256
-    max_concurrent_batches: int = Field(default=4, gt=0)
+    max_concurrent_batches: int = Field(default=8, gt=0)
     max_quarantined: int = Field(default=16, ge=0)
     lora_rank: int | None = None
     max_loras: int = 4

@@ -8,6 +8,7 @@ number of replicas or on the order.
 """
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -39,6 +40,9 @@ SCHEMA = pa.schema(
 )
 """The columns of a block of requests."""
 ENGINE_SECONDS = "engine_seconds"
+SWITCH_SECONDS = 2e-5
+"""After how long a script gives the interpreter back to the thread that steps the engine, which asks for it thousands
+of times a second; at Python's 5 ms an engine all but stands while a script prepares its next block."""
 
 
 class Script(Protocol):
@@ -66,6 +70,7 @@ class EngineActor:
     ) -> None:
         """Start the engine; Ray calls this once a replica."""
         engine = build_engine(model, config)
+        sys.setswitchinterval(SWITCH_SECONDS)
         generate = partial(engine.generate, sampling=sampling, end_ids=end_ids)
         self._script = script
         self._clock = BusyClock()

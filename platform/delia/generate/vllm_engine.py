@@ -225,6 +225,7 @@ def _to_params(request: Request, stage: SamplingConfig, end_ids: Sequence[int]):
         logprobs=0 if sampling.temperature == 0 else None,  # 0 more than the chosen token's own
         structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,  # no other request has it, and vLLM's deep copy costs more than adding the request
     )
 
 

@@ -42,4 +42,5 @@ class Answering:
             prompt = (*prompt, reference, question[-1])
         published = DEMONSTRATED_TEMPERATURE if self.demonstrated else None
         temperature = published if self.temperature is None else self.temperature
-        return dataclasses.replace(context.ask(index, prompt, turn="answer"), temperature=temperature)
+        request = context.ask(index, prompt, turn="answer")
+        return request if temperature is None else dataclasses.replace(request, temperature=temperature)
