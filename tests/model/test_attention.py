@@ -62,10 +62,21 @@ def test_a_row_before_changes_nothing_and_no_place_sees_what_follows(make_shape)
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_flash_kernel_attends_as_the_loop_over_rows_does(window):
+    """Forward and backward; a row's output has no gradient at all by another row."""
     torch.manual_seed(0)
-    query = torch.randn(1, 4, sum(LENGTHS), 64, device="cuda", dtype=torch.bfloat16)
-    key, value = (torch.randn(1, 2, sum(LENGTHS), 64, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    sizes = [(1, num_heads, sum(LENGTHS), 64) for num_heads in (4, 2, 2)]
+    half = [torch.randn(size, device="cuda").bfloat16().requires_grad_() for size in sizes]
+    full = [part.detach().float().requires_grad_() for part in half]
     settings = {"scaling": 0.125, "segments": LENGTHS, "sliding_window": window}
-    by_kernel, _ = attend_segments(SimpleNamespace(), query, key, value, **settings)
-    by_rows, _ = attend_segments(SimpleNamespace(), query.float(), key.float(), value.float(), **settings)
+    by_kernel, _ = attend_segments(SimpleNamespace(), *half, **settings)
+    by_rows, _ = attend_segments(SimpleNamespace(), *full, **settings)
     torch.testing.assert_close(by_kernel.float(), by_rows, atol=2e-2, rtol=2e-2)
+
+    weights = torch.randn_like(by_rows)
+    weights[:, : LENGTHS[0]] = 0
+    (by_kernel * weights).sum().backward()
+    (by_rows * weights).sum().backward()
+    for one, other in zip(half, full, strict=True):
+        torch.testing.assert_close(one.grad.float(), other.grad, atol=4e-2, rtol=4e-2)
+        assert not one.grad[:, :, : LENGTHS[0]].any()
+        assert one.grad.any()
