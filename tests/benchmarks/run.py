@@ -2,6 +2,7 @@
 
     generation        this pipeline with all its filters against bare vLLM and other ways to ask it
     training          the loop beside TRL's SFTTrainer, three sizes of model
+    training_gpu      the same at 1 B parameters, and the loss alone beside Liger's; only where there is a GPU
     near_duplicates   the curator's beside datasketch's and text-dedup's
     coverage          how much of the starter's world its own samples reach
 
@@ -15,9 +16,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from generation import describe_generation
 from near_duplicates import describe_near_duplicates
 from training import describe_training
+from training_gpu import describe_gpu_training
 from world_coverage import describe_coverage
 
 from delia.flow.results import write_section
@@ -39,6 +42,12 @@ def measure_generation() -> str:
         return describe_generation(Path(folder), TASK, NUM_PROMPTS)
 
 
+def measure_gpu_training() -> str:
+    """Train on the GPU."""
+    connect(RayConfig())
+    return describe_gpu_training()
+
+
 def measure_coverage() -> str:
     """Make a pool of the world's own samples."""
     connect(RayConfig())
@@ -49,6 +58,7 @@ def measure_coverage() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "generation": measure_generation,
     "training": describe_training,
+    "training_gpu": measure_gpu_training,
     "near_duplicates": describe_near_duplicates,
     "coverage": measure_coverage,
 }
@@ -56,7 +66,7 @@ PARTS: dict[str, Callable[[], str]] = {
 
 def main() -> None:
     """Run the benchmarks that are named, or all, and write a section each."""
-    names = sys.argv[1:] or list(PARTS)
+    names = sys.argv[1:] or [name for name in PARTS if torch.cuda.is_available() or name != "training_gpu"]
     if unknown := sorted(set(names) - PARTS.keys()):
         sys.exit(f"no benchmark {unknown}; there are {list(PARTS)}")
     for name in names:
