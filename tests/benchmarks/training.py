@@ -102,6 +102,7 @@ def train_here(
         max_length=MAX_LENGTH,
         log_every=1,
         checkpoint_every=1000,
+        max_failures=0,
         **options,
     )
     run_training(

@@ -3,16 +3,18 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError
 
 from delia.curate.pipeline import CurateConfig
 from delia.curate.selection import SelectConfig
 from delia.errors import ConfigError, PoolError, StoreError
 from delia.flow import pool as flow
-from delia.flow.acceptance import host_acceptance
+from delia.flow.acceptance import AcceptanceLostError, _Calls, host_acceptance
 
 
 class Mortal:
@@ -90,6 +92,26 @@ def test_one_that_gets_further_at_every_start_is_started_as_often_as_it_takes(
     progress = steps[:-1]  # the last metrics are the pool's, at the last step
     assert progress == sorted(set(progress)), "a number was logged twice"
     assert pool.manifest.counts["accepted"] == 36
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfMemoryError("a node killed it to have memory again"),
+        ObjectLostError("ab" * 14, None, "here"),
+        ActorDiedError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_node_can_do_to_it_is_its_loss_and_not_the_jobs_error(monkeypatch, error):
+    """The real errors of Ray, which asking for them can't bring about here: a node out of memory is a machine out of it."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("delia.flow.acceptance.call", fail)
+    with pytest.raises(AcceptanceLostError):
+        _Calls(SimpleNamespace(take=None)).take("chunk")
 
 
 def test_an_error_in_its_process_is_raised_as_itself_before_anything_is_generated(
