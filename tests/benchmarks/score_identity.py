@@ -1,18 +1,23 @@
 """Is the expected gradient of self-sampled rows zero at the start, and how far does curation move it?
 
-python tests/benchmarks/score_identity.py [rows a prompt]
+python tests/benchmarks/score_identity.py [--rows-a-prompt 6] [--blur 0.0]
 
 Of answers that a model samples itself at temperature 1, end token included, the sum of token gradients of the
 log-likelihood has expectation zero (the score identity), by LoRA's B and by a token's row, where a new adapter
 stands. With G = mean of R rows' gradients g, |E g|^2 is estimated without bias by the mean of g_r . g_s over r != s,
 whose variance is 2 / (R (R - 1)) times the mean square of those products when E g = 0.
 
-Dropout 0, the embedded model, prompts of the task `sep` (with the token), all in float32.
+Dropout 0, the embedded model, prompts of the task `sep` (with the token), all in float32. That model is nearly sure of
+each token, so that there is little to filter; `--blur` adds noise to its matrices, so many of their standard deviations, and
+makes it less so.
 """
 
-import sys
+import argparse
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,8 +26,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from delia.curate.filters import FilterConfig, find_fault
 from delia.flow.workspace import Workspace, open_workspace
 from delia.model.adapted import LoraConfig
+from delia.model.loading import load_base
 from delia.recipes.starter import STARTER, starter_sep
 from delia.schema import Message, Row
+from delia.store.models import ModelConfig, resolve_model
 from delia.store.tasks import read_task
 from delia.train.building import TrainInput, build_model
 from delia.train.packing import join_stream
@@ -69,11 +76,24 @@ class Estimate:
         return (max(self.square, 0.0) / self.mean_square) ** 0.5 if self.mean_square else 0.0
 
 
-def open_sep() -> tuple[Workspace, PreTrainedModel]:
+def blur_starter(folder: Path, blur: float) -> ModelConfig:
+    """Save the starter with noise in its matrices."""
+    model = load_base(STARTER)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter += blur * parameter.std() * torch.randn_like(parameter)
+    shutil.copytree(resolve_model(STARTER), folder)
+    model.save_pretrained(folder)
+    return ModelConfig(path=str(folder))
+
+
+def open_sep(base: ModelConfig) -> tuple[Workspace, PreTrainedModel]:
     """Return the task and the model with a new adapter, as training builds it."""
-    space = open_workspace("runs", STARTER, read_task(starter_sep().task))
+    space = open_workspace("runs", base, read_task(starter_sep().task))
     task = TrainInput(
-        model=STARTER,
+        model=base,
         config=TRAIN,
         rows=join_rows([((1, 2), (False, True))], sources=[TASK]),
         token_ids=tuple(space.chat.token_ids.values()),
@@ -190,9 +210,14 @@ def pass_through_text(
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows-a-prompt", type=int, default=6)
+    parser.add_argument("--blur", type=float, default=0.0)
+    given = parser.parse_args()
     dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
-    num_samples = int(sys.argv[1]) if len(sys.argv) > 1 else 6
-    space, model = open_sep()
+    num_samples = given.rows_a_prompt
+    with tempfile.TemporaryDirectory() as name:
+        space, model = open_sep(blur_starter(Path(name) / "base", given.blur) if given.blur else STARTER)
     tasks = space.task.rows_by_split["train"]
     prompts = [row.prompt for row in tasks]
     encoded = [space.chat.encode_prompt(prompt) for prompt in prompts]

@@ -104,7 +104,7 @@ def test_one_that_gets_further_at_every_start_is_started_as_often_as_it_takes(
     ids=lambda error: type(error).__name__,
 )
 def test_what_a_node_can_do_to_it_is_its_loss_and_not_the_jobs_error(monkeypatch, error):
-    """The real errors of Ray, which asking for them can't bring about here: a node out of memory is a machine out of it."""
+    """Ray's own errors, raised by hand: to run a node out of memory is to run this machine out of it."""
 
     def fail(*_: Any, **__: Any) -> Any:
         raise error
