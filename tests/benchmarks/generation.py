@@ -146,8 +146,9 @@ def measure_tails(bench: Bench, folder: Path, task: TaskConfig) -> list[Tail]:
 
 
 def describe_rates(measured: list[Measured]) -> list[str]:
-    """Return the table of rates; ratios are to bare vLLM with a seed for each row."""
-    bare = measured[0]
+    """Return the table of rates; ratios are to bare vLLM with a seed for each row, on the same prompts."""
+    whole, part = measured[0], measured[-1]
+    compared = [(item, part if item.num_prompts == part.num_prompts else whole) for item in measured]
     return [
         "| | prompts | output tokens/s | ratio | accepted unique rows/s | ratio | start-up s | run s |",
         "|---|---|---|---|---|---|---|---|",
@@ -155,7 +156,7 @@ def describe_rates(measured: list[Measured]) -> list[str]:
             f"| {item.name} | {item.num_prompts:,} | {item.rate:,.0f} | {item.rate / bare.rate:.2f}"
             f" | {item.row_rate:,.0f} | {item.row_rate / bare.row_rate:.2f}"
             f" | {item.start_seconds:.0f} | {item.seconds:.0f} |"
-            for item in measured
+            for item, bare in compared
         ),
     ]
 
@@ -187,7 +188,8 @@ def describe_generation(folder: Path, task: TaskConfig, num_prompts: int) -> str
     )
     lines = [
         f"Generation: {num_prompts:,} different questions of the starter's world that curation accepts, T=1, one core an"
-        f" engine; peers have the first {bench.num_part:,}. Ratios are to the first row, seconds run to the last answer,"
+        f" engine; peers have the first {bench.num_part:,}. Ratios are to bare vLLM with seeds on the same prompts, the first row or"
+        " the last, which differ in length; seconds run to the last answer,"
         f" for the pipeline to the written pool, and it is asked for {ASKED_SHARE:.0%} of the rows that the first row's answers"
         " gave, so that it ends with a pool. Peers' rows are curated after their clock has stopped. datatrove's runner starts"
         " `vllm serve` itself (`vllm`, 500 requests at a time, ids and seeds over HTTP); its start-up, and `ray.data.llm`'s,"
