@@ -24,7 +24,9 @@ from delia.store.pools import Pool, read_pool
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("pool_driver.py")
 driver = SimpleNamespace(**runpy.run_path(str(DRIVER)))
-KINDS = ("cluster", "driver", "engine", "node")
+KINDS = ("cluster", "driver", "engine", "node", "acceptance")
+WORKERS = {"engine": "ray::MapWorker", "node": "ray::MapWorker", "acceptance": "ray::Acceptance"}
+"""How Ray calls the process that is killed, or whose node is."""
 NUM_SEEDS = int(os.environ.get("DELIA_FAULT_SEEDS", "50"))
 PATIENCE = 600
 """Seconds for what takes a few on a machine with nothing else to do."""
@@ -103,14 +105,14 @@ class Job:
                 continue
         return processes
 
-    def list_engines(self) -> list[int]:
+    def list_workers(self, kind: str) -> list[int]:
         processes = self.list_processes(self.process.pid).items()
-        return sorted(pid for pid, (_, command) in processes if command.startswith("ray::MapWorker"))
+        return sorted(pid for pid, (_, command) in processes if command.startswith(WORKERS[kind]))
 
-    def find_node(self, engine: int) -> list[int]:
-        """Return all processes of the node that an engine runs on: its raylet and what that has started."""
+    def find_node(self, worker: int) -> list[int]:
+        """Return all processes of the node that a worker runs on: its raylet and what that has started."""
         processes = self.list_processes(self.process.pid)
-        found = [processes[engine][0]] if engine in processes else []
+        found = [processes[worker][0]] if worker in processes else []
         assert all("raylet" in processes[pid][1] for pid in found)
         for pid in found:
             found += [child for child, (parent, _) in processes.items() if parent == pid]
@@ -120,8 +122,8 @@ class Job:
         """Kill after `least` to `most` chunks, a moment later; return how many chunks it was."""
         num_chunks, seconds = rng.randint(least, most), rng.uniform(0, 0.3)
         self.wait_for(lambda: len(self.list_chunks()) >= num_chunks, f"{num_chunks} chunks")
-        if kind in ("engine", "node"):
-            self.wait_for(self.list_engines, "engine")
+        if kind in WORKERS:
+            self.wait_for(lambda: self.list_workers(kind), kind)
         time.sleep(seconds)
         assert self.process.poll() is None, "it had ended before it was killed"
         if kind == "cluster":
@@ -132,9 +134,9 @@ class Job:
         else:
             victims: list[int] = []
             while not victims:
-                self.wait_for(self.list_engines, "engine")
-                engine = rng.choice(self.list_engines() or [0])
-                victims = [pid for pid in (engine,) if pid] if kind == "engine" else self.find_node(engine)
+                self.wait_for(lambda: self.list_workers(kind), kind)
+                worker = rng.choice(self.list_workers(kind) or [0])
+                victims = self.find_node(worker) if kind == "node" else [pid for pid in (worker,) if pid]
             kill_all(victims)
         return num_chunks
 
