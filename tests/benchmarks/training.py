@@ -157,8 +157,7 @@ def describe_training(num_runs: int = NUM_RUNS) -> str:
             folder = Path(name)
             num_parameters = save_llama(SHAPES[size] | {"num_key_value_heads": 2}, folder / "model")
             ask_peer = partial(run_peer, folder / "model", rows_a_step=BATCH, folder=folder / "trl")
-            probes = [ask_peer(setting, num_steps=2) for setting in PEER_SETTINGS]
-            best = PEER_SETTINGS[max(range(len(probes)), key=lambda place: probes[place].tokens_per_second)]
+            best = max(PEER_SETTINGS, key=lambda setting: ask_peer(setting, num_steps=2).tokens_per_second)
             ours, theirs, rates = [], [], []
             for run in range(num_runs):
                 rates.append(measure_matrix_rate(size))
