@@ -44,8 +44,8 @@ def test_the_head_runs_no_work(cluster):
     head = cluster["available_node_types"][cluster["head_node_type"]]
     start = " ".join(cluster["head_start_ray_commands"])
 
-    assert head["resources"] == {"CPU": 0, "GPU": 0}
-    assert "--num-cpus=0 --num-gpus=0" in start
+    assert head["resources"] == {"CPU": 0, "GPU": 0, "memory": 0}
+    assert "--num-cpus=0 --num-gpus=0 --memory=0" in start
 
 
 def test_workers_of_both_kinds_come_when_needed_and_go(cluster):

@@ -1,8 +1,11 @@
 """Where a pool is accepted: in a process of its own, whose errors are ours and whose death is survived."""
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,3 +139,44 @@ def test_a_node_that_sees_another_directory_is_refused_before_anything_is_genera
     ):
         build(space)
     assert stage.answered == []
+
+
+BESIDE_A_HEAD = """
+from collections import Counter
+import ray
+from ray.cluster_utils import Cluster
+from delia.flow.acceptance import host_acceptance
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "memory": 0})
+worker = cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+ray.init(address=cluster.address)
+
+
+@ray.remote(num_cpus=1)
+class Engine:
+    def start(self):
+        return True
+
+
+engine = Engine.remote()
+ray.get(engine.start.remote())
+nodes = Counter()
+for _ in range(2):
+    with host_acceptance(None, None, None, num_rows={}) as acceptance:
+        actor = acceptance._actor
+        nodes[ray.get(actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()))] += 1
+print("on the worker:", nodes[worker.node_id], "of", nodes.total())
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.system
+def test_it_spares_a_head_and_finds_a_place_on_a_worker_whose_cpus_are_all_taken(tmp_path: Path):
+    """In a process of its own, since this one is connected to another cluster."""
+    script = tmp_path / "beside_a_head.py"
+    script.write_text(BESIDE_A_HEAD)
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+
+    assert "on the worker: 2 of 2" in result.stdout.splitlines()

@@ -42,6 +42,10 @@ from delia.store.spool import Chain, Spool
 from delia.store.tables import exists
 from delia.synthesize.pipeline import Batch, StoredChunk
 
+MEMORY = 2**30
+"""Bytes that are asked for. A million rows take less; a head that offers none is spared, and a node that holds an
+acceptance is not idle to an autoscaler."""
+
 
 class AcceptanceLostError(Exception):
     """The process that holds an acceptance died, with its node or by itself; what it decided can be decided again."""
@@ -267,6 +271,7 @@ def host_acceptance(*args: Any, **options: Any) -> Iterator[Acceptance]:
     remote: Any = ray.remote(Acceptance)
     actor = remote.options(
         num_cpus=0,  # it must find a place beside engines that take every CPU
+        memory=MEMORY,
         scheduling_strategy="SPREAD",
         runtime_env={"env_vars": worker_environment()},
     ).remote(*args, **options)
