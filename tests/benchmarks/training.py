@@ -21,7 +21,9 @@ from training_peer import (
     VOCABULARY,
     Measured,
     PeerSetting,
+    find_best,
     make_rows,
+    report,
     run_peer,
 )
 
@@ -141,6 +143,15 @@ def summarise(runs: Sequence[Measured]) -> Measured:
     )
 
 
+def describe(item: Measured, peer: Measured, parameters_by_rate: float) -> str:
+    """Return a row of the table: rates, their ratio to the peer's, the share of the matrix rate, memory, loss."""
+    return (
+        f"| {item.name} | {item.tokens_per_second:,.0f} | {item.trained_per_second:,.0f}"
+        f" | {item.tokens_per_second / peer.tokens_per_second:.2f}"
+        f" | {4 * parameters_by_rate * item.tokens_per_second:.2f} | {item.peak_bytes / 1e9:.2f} | {item.loss:.3f} |"
+    )
+
+
 def describe_training(num_runs: int = NUM_RUNS) -> str:
     """Run everything and return the table; needs a Ray cluster."""
     lines = [
@@ -157,25 +168,21 @@ def describe_training(num_runs: int = NUM_RUNS) -> str:
             folder = Path(name)
             num_parameters = save_llama(SHAPES[size] | {"num_key_value_heads": 2}, folder / "model")
             ask_peer = partial(run_peer, folder / "model", rows_a_step=BATCH, folder=folder / "trl")
-            best = max(PEER_SETTINGS, key=lambda setting: ask_peer(setting, num_steps=2).tokens_per_second)
+            best = find_best(PEER_SETTINGS, ask_peer, num_steps=2)
             ours, theirs, rates = [], [], []
             for run in range(num_runs):
                 rates.append(measure_matrix_rate(size))
-                ours.append(
-                    train_here(
-                        folder / "model",
-                        folder / str(run),
-                        name="delia",
-                        rows_a_step=BATCH,
-                        num_steps=NUM_STEPS,
-                    )
+                own = train_here(
+                    folder / "model",
+                    folder / str(run),
+                    name="delia",
+                    rows_a_step=BATCH,
+                    num_steps=NUM_STEPS,
                 )
-                theirs.append(ask_peer(best, num_steps=NUM_STEPS))
+                ours.append(report(own))
+                theirs.append(report(ask_peer(best, num_steps=NUM_STEPS)))
         peer, rate = summarise(theirs), statistics.median(rates)
         lines += [
-            f"| {size} | {item.name} | {item.tokens_per_second:.0f} | {item.trained_per_second:.0f}"
-            f" | {item.tokens_per_second / peer.tokens_per_second:.2f}"
-            f" | {4 * num_parameters * item.tokens_per_second / rate:.2f} | {item.peak_bytes / 1e9:.2f} | {item.loss:.3f} |"
-            for item in (summarise(ours), peer)
+            f"| {size} {describe(item, peer, num_parameters / rate)}" for item in (summarise(ours), peer)
         ]
     return "\n".join(lines)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from heads_gpu import describe_heads
-from training import save_llama, summarise, train_here
-from training_peer import VOCABULARY, Measured, PeerSetting, run_peer
+from training import describe, save_llama, summarise, train_here
+from training_peer import VOCABULARY, Measured, PeerSetting, find_best, report, run_peer
 
 SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
 NUM_KEY_HEADS = 8
@@ -86,15 +86,13 @@ def describe_gpu_training(num_runs: int = NUM_RUNS) -> str:
         rate = measure_gpu_rate()
         torch.cuda.empty_cache()
         print(f"matrix rate {rate / 1e12:.0f} TFLOP/s, {num_parameters:,} parameters", flush=True)
-        probes = [_report(ask_peer(setting, num_steps=NUM_WARM + 3)) for setting in PEER_SETTINGS]
-        best = PEER_SETTINGS[max(range(len(probes)), key=lambda place: probes[place].tokens_per_second)]
+        best = find_best(PEER_SETTINGS, ask_peer, num_steps=NUM_WARM + 3)
         ours: dict[str, list[Measured]] = {setting.name: [] for setting in OWN_SETTINGS}
         theirs = []
         for run in range(num_runs):
             for place, setting in enumerate(OWN_SETTINGS):
-                own = _report(_train_own(setting, folder, f"{run}-{place}"))
-                ours[setting.name].append(own)
-            theirs.append(_report(ask_peer(best, num_steps=NUM_STEPS)))
+                ours[setting.name].append(report(_train_own(setting, folder, f"{run}-{place}")))
+            theirs.append(report(ask_peer(best, num_steps=NUM_STEPS)))
     peer = summarise(theirs)
     lines = [
         f"Training on one {torch.cuda.get_device_name()}, torch {torch.__version__}: a Llama of {num_parameters / 1e9:.2f} B"
@@ -109,12 +107,7 @@ def describe_gpu_training(num_runs: int = NUM_RUNS) -> str:
     return "\n".join(
         [
             *lines,
-            *(
-                f"| {item.name} | {item.tokens_per_second:,.0f} | {item.trained_per_second:,.0f}"
-                f" | {item.tokens_per_second / peer.tokens_per_second:.2f}"
-                f" | {4 * num_parameters * item.tokens_per_second / rate:.2f} | {item.peak_bytes / 1e9:.1f} | {item.loss:.3f} |"
-                for item in [*map(summarise, ours.values()), peer]
-            ),
+            *(describe(item, peer, num_parameters / rate) for item in [*map(summarise, ours.values()), peer]),
             "",
             heads,
         ]
@@ -135,8 +128,3 @@ def _train_own(setting: OwnSetting, folder: Path, run: str) -> Measured:
         max_tokens_per_micro_batch=setting.max_tokens,
         compile=setting.compile,
     )
-
-
-def _report(measured: Measured) -> Measured:
-    print(measured, flush=True)
-    return measured

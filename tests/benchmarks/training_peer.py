@@ -12,7 +12,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,12 @@ class Measured:
     trained_per_second: float
     peak_bytes: float
     loss: float
+
+
+def report(measured: Measured) -> Measured:
+    """Print a run as soon as it has ended."""
+    print(measured, flush=True)
+    return measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +170,14 @@ def train_with_trl(
         peak_bytes=float(torch.cuda.max_memory_allocated()) if on_gpu else resident,
         loss=losses[-1],
     )
+
+
+def find_best(
+    settings: Sequence[PeerSetting], ask: Callable[..., Measured], *, num_steps: int
+) -> PeerSetting:
+    """Return the setting with the most tokens a second in a short run each."""
+    rates = [report(ask(setting, num_steps=num_steps)).tokens_per_second for setting in settings]
+    return settings[rates.index(max(rates))]
 
 
 def _make_clock(stamps: list[float]) -> Any:
