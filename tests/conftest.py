@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class LocalStage:
         engine: Any,
         sampling: Any,
         end_ids: Sequence[int],
+        skip: Callable[[], Collection[str]] = tuple,
     ) -> Iterator[Any]:
         import pyarrow as pa  # late, as all of this platform: an import of `delia` may be under test
 
@@ -66,6 +67,8 @@ class LocalStage:
         if self.order_seed is not None:
             make_random(self.order_seed).shuffle(ordered)
         for block in ordered:
+            if "source" in block.column_names and block["source"][0].as_py() in skip():
+                continue
             table = sent(block, ask)
             yield table.append_column(ENGINE_SECONDS, pa.array([0.5] * table.num_rows, pa.float64()))
 

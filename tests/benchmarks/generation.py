@@ -1,10 +1,10 @@
-"""Generation, side by side on the same prompts: this pipeline with all its filters against its peers.
+"""Generation, side by side on the same prompts: this pipeline with its default filters against its peers.
 
     bare        one `vllm.LLM.generate` call in a process, with a seed for each row; and without seeds
     batches     the loop of the DELIA repository: `LLM.generate` on 128 prompts at a time
     ray.data    `ray.data.llm.build_processor`, one replica, its own defaults for concurrency
     datatrove   `InferenceRunner`, which starts `vllm serve` and asks it over HTTP
-    pipeline    `build_pool`: Ray Data, seeds, every rule of curation, the pool written
+    pipeline    `build_pool`: Ray Data, seeds, the default rules of curation, the pool written
 
 Each has one core for its engine. Seconds run from the first request that an engine takes to the last answer, for the
 pipeline to the written pool; start-up is reported apart. A peer's accepted rows are counted after its clock has

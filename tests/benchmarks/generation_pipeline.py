@@ -1,6 +1,6 @@
 """This pipeline on the prompts of the benchmark, watched: when and where each block of prompts was answered.
 
-questions --build_pool, every rule of curation--> a written pool
+questions --build_pool, the default rules of curation--> a written pool
 blocks of two replicas --> the share of the run in which replicas had nothing left to do
 """
 
@@ -107,7 +107,7 @@ class PipelineRun:
 
 
 def plan_pool(questions: Path, *, num_prompts: int, num_rows: int) -> PoolConfig:
-    """Return a pool of the first questions of a file and `num_rows` accepted answers to them, all rules on."""
+    """Return a pool of the first questions of a file and `num_rows` accepted answers to them, the default rules on."""
     answers = SourceConfig(
         name="answers",
         synthesizer=MethodConfig(method="delia.methods.synthesizer.answering.Answering"),

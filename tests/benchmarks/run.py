@@ -1,6 +1,6 @@
 """Benchmarks, side by side in one run: `make bench`; results go into `RESULTS.md` beside this file.
 
-    generation        this pipeline with all its filters against bare vLLM and other ways to ask it
+    generation        this pipeline with its default filters against bare vLLM and other ways to ask it
     training          the loop beside TRL's SFTTrainer, three sizes of model
     training_gpu      the same at 1 B parameters, and the loss alone beside Liger's; only where there is a GPU
     near_duplicates   the curator's beside datasketch's and text-dedup's

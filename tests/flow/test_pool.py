@@ -139,8 +139,16 @@ def test_the_last_metrics_that_are_logged_are_those_of_the_pool(built, resumable
 
     assert (logged["synthesize/accepted"], logged["synthesize/rejected"]) == (36, num_rejected)
     cost = pool.manifest.details["cost"]
-    for name in ("prompt_tokens", "output_tokens", "engine_seconds"):
+    spent = ("prompt_tokens", "output_tokens", "engine_seconds")
+    assert set(cost) == {*spent, *(f"{name}_per_row" for name in spent)}, "no engine, no device"
+    for name in cost:
         assert logged[f"synthesize/{name}"] == cost[name]
+    candidates = [item for path in list_chunks(resumable) for item in read_candidates(path)]
+    decided = {item.row_id for item in (*pool.rows, *read_back(resumable))}
+    assert cost["output_tokens"] >= sum(
+        item.num_output_tokens for item in candidates if item.row_id in decided
+    )
+    assert cost["output_tokens_per_row"] == cost["output_tokens"] / 36
     assert steps == sorted(steps)
     assert steps[-1] == 36 + num_rejected
 

@@ -13,8 +13,12 @@ from delia.curate.stopping import StopConfig
 from delia.errors import ConfigError, PoolError
 from delia.flow.pool import PoolConfig, build_pool
 from delia.generate.engine import EngineConfig, SamplingConfig
+from delia.methods.synthesizer.magpie import Magpie
 from delia.store.tasks import TaskConfig
+from delia.synthesize.socket import SynthesisContext
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
+
+pytestmark = pytest.mark.usefixtures("local_acceptance")
 
 LOOSE = CurateConfig(near_duplicate_threshold=None, overlap_ngram=None, max_repeated_share=None)
 
@@ -160,3 +164,32 @@ def test_the_engines_own_limit_decides_no_text(opened, local_stage, tmp_path, re
             engine=engine,
             log=lambda metrics, step: None,
         )
+
+
+def test_a_source_that_has_ended_costs_nothing_more_while_another_goes_on(
+    space, local_stage, build, make_config, monkeypatch
+):
+    """`self` is given one row in eight, `web` nearly every one: it ends long before."""
+    plain = Magpie.__call__
+
+    def give_few(self: Magpie, context: SynthesisContext, index: int, completions: object) -> object:
+        is_lucky = context.source == "web" or index % 8 == 0
+        return plain(self, context, index, completions) if is_lucky else context.reject(index, "unlucky", "-")
+
+    monkeypatch.setattr(Magpie, "__call__", give_few)
+    config = make_config(max_candidates=400)
+    ledgers = []
+    for order_seed in (None, 3):
+        local_stage(order_seed)
+        own = dataclasses.replace(space, output_dir=f"{space.output_dir}/{order_seed}")
+        pool = build(own, config)
+        last = {row.source: row.index for row in pool.rows}
+        seen = 8 * (last["web"] // 8 + 1)
+        if order_seed is None:  # blocks come as they were planned
+            chunks = list((Path(own.output_dir) / "candidates").rglob("*.parquet"))
+            assert len(chunks) == seen // 8 + last["self"] // 8 + 1
+        ledgers.append(pool.manifest.details["cost"])
+
+    assert last["web"] < last["self"] / 2
+    assert ledgers[0] == ledgers[1]
+    assert ledgers[0]["device_seconds"] == 0.5 * (seen + 8 * (last["self"] // 8 + 1))

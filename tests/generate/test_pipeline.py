@@ -146,6 +146,58 @@ def test_an_engine_that_can_not_start_ends_the_stage_with_its_reason(cluster):
         list(run_script(answer_requests, blocks, model=nowhere, engine=engine, sampling=SAMPLING, end_ids=()))
 
 
+def test_blocks_of_a_source_that_is_no_longer_wanted_are_not_begun(cluster):
+    """Two sources in turn, 20 blocks each, one block at a time; after its third result the first is not wanted."""
+
+    def tell(block: pa.Table, ask: Ask) -> pa.Table:
+        time.sleep(0.05)
+        return block
+
+    blocks = [pa.table({"source": [name], "start": [start]}) for start in range(20) for name in ("a", "b")]
+    unwanted: set[str] = set()
+    seen: list[str] = []
+    engine = make_engine(max_concurrent_batches=1)
+    for table in run_script(
+        tell,
+        blocks,
+        model=STARTER,
+        engine=engine,
+        sampling=SAMPLING,
+        end_ids=END_IDS,
+        skip=lambda: unwanted,
+    ):
+        seen.append(table["source"][0].as_py())
+        if seen.count("a") == 3:
+            unwanted.add("a")
+
+    assert seen.count("b") == 20
+    assert 3 <= seen.count("a") < 20
+
+
+def test_an_engine_that_no_node_can_hold_is_refused_with_what_it_asks_for_and_what_there_is(cluster):
+    with pytest.raises(
+        EngineError,
+        match=r"num_cpus_per_replica=64 and num_gpus_per_replica=0, while nodes have 4 CPUs and 0 GPUs; add such",
+    ):
+        list(stream(REQUESTS[:1], num_cpus_per_replica=64, node_wait_seconds=0))
+
+
+def test_an_engine_waits_for_a_node_that_joins(cluster, monkeypatch):
+    """The node is made up: what Ray tells of the cluster changes at the third time that it is asked."""
+    import ray
+
+    from delia.generate import nodes
+
+    large = {"Alive": True, "Resources": {"CPU": 64.0}}
+    told = [[*ray.nodes()], [*ray.nodes()], [*ray.nodes(), large]]
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: told.pop(0) if told[1:] else told[0])
+    monkeypatch.setattr(nodes, "POLL_SECONDS", 0.01)
+
+    nodes.wait_for_node(make_engine(num_cpus_per_replica=64, node_wait_seconds=600))
+    assert told == [told[0]]
+    assert large in told[0]
+
+
 ON_THREE_NODES = """
 import time
 import pyarrow as pa

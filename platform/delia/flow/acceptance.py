@@ -11,7 +11,7 @@ An acceptance that dies with its node is started anew and reads the stored chunk
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from delia.curate.pipeline import CurateConfig
 from delia.curate.stopping import ENOUGH_ROWS, StopConfig, StopRule
 from delia.errors import PoolError, StoreError
 from delia.flow.curation import Curation, open_curation
+from delia.flow.ledger import account, to_metrics
 from delia.flow.workspace import Workspace
 from delia.generate.calls import call
 from delia.generate.engine import EngineConfig
@@ -53,13 +54,13 @@ class AcceptanceLostError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What has been decided so far; `has_ended` tells whether every source of the round has what it is to give."""
+    """What has been decided so far; `ended` are the sources of the round that have what they are to give."""
 
     num_accepted: int
     num_rejected: int
     cost: Cost
     new_unique_rate: float
-    has_ended: bool
+    ended: tuple[str, ...]
 
     @property
     def num_seen(self) -> int:
@@ -189,7 +190,7 @@ class Acceptance:
     def write(
         self, address: str, *, fingerprint: str, engine: EngineConfig | None
     ) -> tuple[dict[str, float], int]:
-        """Write and commit the pool; return the metrics of its diversity, and the number of candidates.
+        """Write and commit the pool; return what its diversity and its rows cost, and the number of candidates.
 
         Raises:
             StoreError: It can't be written.
@@ -199,10 +200,8 @@ class Acceptance:
         sources = [self._sources[name] for name in sorted(self._sources)]
         rows = Chain(tuple(source.rows for source in sources))
         details, metrics = self._curation.describe(_pick(rows, choose_sample(num_rows)), num_rows)
-        details |= {
-            "template_hash": self._space.chat.template_hash,
-            "cost": account(self._cost, num_rows, engine),
-        }
+        ledger = account(self._cost, num_rows, engine)
+        details |= {"template_hash": self._space.chat.template_hash, "cost": ledger}
         self._curation.score(address, rows)
         write_pool(
             address,
@@ -212,7 +211,7 @@ class Acceptance:
             parents={"model": self._space.model_id, "task": self._space.task.digest},
             details=details | ({"stopped": self._stopped} if self._stopped else {}),
         )
-        return metrics, progress.num_seen
+        return metrics | to_metrics(ledger), progress.num_seen
 
     def _decide(self, name: str, batch: Batch) -> Progress:
         source = self._sources[name]
@@ -228,7 +227,7 @@ class Acceptance:
             num_rejected=sum(source.rejections.num_rows for source in self._sources.values()),
             cost=self._cost,
             new_unique_rate=self._curation.measure_new_unique_rate(self._round),
-            has_ended=all(self._sources[name].rule.reason for name in self._round),
+            ended=tuple(name for name in self._round if self._sources[name].rule.reason),
         )
 
     def _select(self, name: str) -> None:
@@ -250,19 +249,6 @@ def _pick(tables: Chain, places: Sequence[int]) -> list[Row]:
         picked += from_row_table(table.take(here)) if here else ()
         wanted, first = wanted[len(here) :], first + table.num_rows
     return picked
-
-
-def account(cost: Cost, num_rows: int, engine: EngineConfig | None) -> dict[str, float]:
-    """Return the ledger of a pool: what was spent, rejected rows included, in all and for each row.
-
-    `device_seconds` are the engine's times the GPUs of a replica, or its CPUs where it has none; unknown,
-    and left out, where nothing was generated.
-    """
-    ledger = {name: float(value) for name, value in asdict(cost).items()}
-    if engine is not None:
-        num_devices = engine.num_gpus_per_replica or engine.num_cpus_per_replica
-        ledger["device_seconds"] = cost.engine_seconds * num_devices
-    return ledger | {f"{name}_per_row": value / max(1, num_rows) for name, value in ledger.items()}
 
 
 @contextmanager

@@ -3,8 +3,8 @@
     round of sources: synthesize --chunks--> Acceptance --> closed; the next round feeds on it
     all rounds --> rows.parquet, rejected.parquet, manifest
 
-The driver plans chunks and passes on their addresses: no row goes through it, but those of imported files and those
-that a source feeds on.
+The driver plans chunks, stores each as it comes and passes on its address: it keeps no row, but those of imported
+files and those that a source feeds on.
 
 A source of N accepted rows is the accepted part of candidates 0..m, m the smallest index that reaches N or
 the stop rule: neither replicas, nor the order of chunks, nor restarts change it.
@@ -109,7 +109,7 @@ def _make_pool(
     log: LogMetrics,
     allowed_modules: tuple[str, ...],
 ) -> tuple[dict[str, float], int]:
-    """Run all rounds and write the pool; return the metrics of its diversity, and the number of candidates."""
+    """Run all rounds and write the pool; return what is logged of it, and the number of candidates."""
     targets = {source.name: source.num_rows for source in config.synthesize.sources}
     size = config.synthesize.chunk_size
     with host_acceptance(
@@ -127,14 +127,22 @@ def _make_pool(
                     acceptance.check_supply(source.name)
             written = tuple(source for source in sources if source.rows is None)
             if written:
+                ended: set[str] = set()
                 chunks = _generate(
-                    config, space, written, acceptance, engine=engine, allowed_modules=allowed_modules
+                    config,
+                    space,
+                    written,
+                    acceptance,
+                    engine=engine,
+                    ended=ended,
+                    allowed_modules=allowed_modules,
                 )
                 with closing(chunks):
                     for chunk in chunks:
                         progress = acceptance.take(chunk)
                         log(progress.to_metrics(), progress.num_seen)
-                        if progress.has_ended:
+                        ended.update(progress.ended)
+                        if len(progress.ended) == len(sources):
                             break
             acceptance.close()
         return acceptance.write(space.address("pools", name), fingerprint=name, engine=engine)
@@ -174,6 +182,7 @@ def _generate(
     acceptance: Acceptance,
     *,
     engine: EngineConfig | None,
+    ended: set[str],
     allowed_modules: tuple[str, ...],
 ) -> Generator[StoredChunk, None, None]:
     """Return where the candidates lie that a round's methods write, stored ones first."""
@@ -196,4 +205,5 @@ def _generate(
         chunk_size=config.synthesize.chunk_size,
         engine=engine,
         address=space.address("candidates", ""),
+        ended=ended,
     )

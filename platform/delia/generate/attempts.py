@@ -43,6 +43,15 @@ class AttemptLog:
         self._tried: set[str] = set()
         self._deaths_in_a_row = 0
         self._max_quarantined = max_quarantined
+        self._skipped: set[str] = set()
+
+    def skip(self, sources: Sequence[str]) -> None:
+        """Note sources whose blocks are no longer wanted."""
+        self._skipped.update(sources)
+
+    def is_skipped(self, source: str) -> bool:
+        """Tell whether blocks of a source are no longer wanted."""
+        return source in self._skipped
 
     def begin(self, key: str, num_requests: int, max_attempts: int) -> tuple[Verdict, str]:
         """Return what to do with a set of requests that is begun now, and the last known error.
@@ -106,6 +115,10 @@ class CarefulEngine:
     def ask(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer a batch, in order; a request that was given up has the finish reason `engine_fault`."""
         return self._ask(list(requests), max_attempts=MAX_WHOLE) if requests else []
+
+    def is_skipped(self, source: str) -> bool:
+        """Tell whether the job has said since it began that it wants no more blocks of a source."""
+        return bool(self._call("is_skipped", source))
 
     def _ask(self, requests: list[Request], *, max_attempts: int) -> list[Completion]:
         key = hash_text(*(f"{item.request_id} {item.prompt_ids}" for item in requests))

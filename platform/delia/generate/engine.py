@@ -77,7 +77,8 @@ class EngineConfig(FrozenConfig):
     `max_concurrent_batches` of `batch_size` requests are in one engine at a time, so that it has work
     while the last answers of a batch come in. `lora_rank` is the largest rank that requests may bring,
     None where none has an adapter. `max_quarantined` requests may be given up because the engine dies
-    of them; one more ends the job.
+    of them; one more ends the job. Where no node is large enough for a replica, `node_wait_seconds` are left
+    for one to join.
     """
 
     kind: Literal["vllm", "scripted"] = "vllm"
@@ -90,6 +91,7 @@ class EngineConfig(FrozenConfig):
     batch_size: int = 256
     max_concurrent_batches: int = Field(default=8, gt=0)
     max_quarantined: int = Field(default=16, ge=0)
+    node_wait_seconds: float = Field(default=600.0, ge=0.0)
     lora_rank: int | None = None
     max_loras: int = 4
     gpu_memory_utilization: float = 0.9

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -24,7 +24,9 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from delia.errors import DeliaError, EngineError
 from delia.generate.attempts import Ask, AttemptLog, CarefulEngine
+from delia.generate.calls import call
 from delia.generate.engine import FAULTS, Completion, EngineConfig, Request, SamplingConfig, build_engine
+from delia.generate.nodes import wait_for_node
 from delia.store.models import ModelConfig
 
 SCHEMA = pa.schema(
@@ -40,6 +42,8 @@ SCHEMA = pa.schema(
 )
 """The columns of a block of requests."""
 ENGINE_SECONDS = "engine_seconds"
+SOURCE = "source"
+"""The column of a block that says what it belongs to; see `skip` of `run_script`."""
 SWITCH_SECONDS = 2e-5
 """After how long a script gives the interpreter back to the thread that steps the engine, which asks for it thousands
 of times a second; at Python's 5 ms an engine all but stands while a script prepares its next block."""
@@ -77,7 +81,12 @@ class EngineActor:
         self._engine = CarefulEngine(generate, attempts, num_callers=config.max_concurrent_batches)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Run the script on a block; `engine_seconds` is added, the block's part of the engine's time."""
+        """Run the script on a block; `engine_seconds` is added, the block's part of the engine's time.
+
+        Of a block that is no longer wanted there is nothing.
+        """
+        if SOURCE in block.column_names and self._engine.is_skipped(block[SOURCE][0].as_py()):
+            return pa.table({})
         table = self._script(block, self._ask)
         seconds = self._clock.take() / max(1, table.num_rows)
         return table.append_column(ENGINE_SECONDS, pa.array([seconds] * table.num_rows, pa.float64()))
@@ -170,6 +179,7 @@ def run_script(
     engine: EngineConfig,
     sampling: SamplingConfig,
     end_ids: Sequence[int],
+    skip: Callable[[], Collection[str]] = tuple,
 ) -> Generator[pa.Table, None, None]:
     """Run a script on every block, each on one of the replicas; yield results as blocks are done.
 
@@ -182,13 +192,16 @@ def run_script(
         engine: Kind and number of replicas.
         sampling: How tokens are drawn where a request does not say.
         end_ids: Tokens that end an answer.
+        skip: Asked after each result: the sources whose blocks need not be begun any more.
 
     Raises:
-        EngineError: An engine can't start, fails on everything, or refuses an adapter that it would die of.
+        EngineError: No node can hold an engine, one can't start, fails on everything, or refuses an adapter that it
+            would die of.
         DeliaError: What the script raised.
     """
     if not blocks:
         return
+    wait_for_node(engine)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
@@ -211,7 +224,14 @@ def run_script(
         runtime_env={"env_vars": worker_environment()},
     )
     try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        skipped: set[str] = set()
+        tables: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        for table in tables:
+            if table.num_rows:
+                yield table
+            if more := set(skip()) - skipped:
+                call(attempts.skip, sorted(more))
+                skipped |= more
     except RayTaskError as error:
         if isinstance(error.cause, DeliaError):
             raise error.cause from error

@@ -8,7 +8,7 @@ them. Their addresses are yielded in index order a source, so what is accepted f
 which finished first; whoever decides on a chunk reads what was stored.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -101,7 +101,12 @@ def plan_rounds(config: SynthesizeConfig) -> list[tuple[SourceConfig, ...]]:
 
 
 def synthesize(
-    dialogue: Dialogue, *, chunk_size: int, engine: EngineConfig | None, address: str
+    dialogue: Dialogue,
+    *,
+    chunk_size: int,
+    engine: EngineConfig | None,
+    address: str,
+    ended: Collection[str] = (),
 ) -> Generator[StoredChunk, None, None]:
     """Yield where the candidates of one round lie, in index order a source; stop reading to stop generating.
 
@@ -110,18 +115,21 @@ def synthesize(
         chunk_size: Candidates of a chunk.
         engine: How the model is served; changes no text. None yields what is stored and generates nothing.
         address: Directory of all candidates; a recipe's finished chunks lie in a folder of their own.
+        ended: Sources that need no more, which the reader adds to: their chunks are no longer yielded, nor begun.
     """
     names = [source.name for source in dialogue.sources]
     folders = {name: join(address, dialogue.part(name)[1].recipe) for name in names}
     finished = {(source, name) for source, folder in folders.items() for name in list_names(folder)}
     chunks = plan_chunks(dialogue.sources, chunk_size)
-    ready = _Ready(folders, chunk_size)
+    ready = _Ready(folders, chunk_size, ended)
     for chunk in chunks:
         if (chunk.source, chunk.name) in finished:
             yield from ready.add(chunk)
     if engine is None:
         return
-    missing = [chunk for chunk in chunks if (chunk.source, chunk.name) not in finished]
+    missing = [
+        chunk for chunk in chunks if (chunk.source, chunk.name) not in finished and chunk.source not in ended
+    ]
     by_start = {(chunk.source, chunk.start): chunk for chunk in missing}
     tables = run_script(
         dialogue,
@@ -130,6 +138,7 @@ def synthesize(
         engine=engine,
         sampling=dialogue.sampling,
         end_ids=dialogue.part(names[0])[1].chat.end_ids,
+        skip=lambda: ended,
     )
     with closing(tables):  # an error's traceback would keep them, and their engines
         for table in tables:
@@ -166,16 +175,19 @@ def read_imported(source: str, file: TaskConfig, *, size: int) -> Iterator[Batch
 
 
 class _Ready:
-    """Holds back chunks until all earlier ones of their source have come."""
+    """Holds back chunks until all earlier ones of their source have come, and all of sources that have ended."""
 
-    def __init__(self, folders: Mapping[str, str], size: int) -> None:
-        self._folders, self._size = folders, size
+    def __init__(self, folders: Mapping[str, str], size: int, ended: Collection[str]) -> None:
+        self._folders, self._size, self._ended = folders, size, ended
         self._next = dict.fromkeys(folders, 0)
         self._waiting: dict[tuple[str, int], Chunk] = {}
 
     def add(self, chunk: Chunk) -> Iterator[StoredChunk]:
         self._waiting[chunk.source, chunk.start] = chunk
-        while (key := (chunk.source, self._next[chunk.source])) in self._waiting:
+        # a source may end while its chunks are read
+        while chunk.source not in self._ended and (
+            (key := (chunk.source, self._next[chunk.source])) in self._waiting
+        ):
             self._next[chunk.source] += self._size
             ready = self._waiting.pop(key)
             yield StoredChunk(

@@ -42,6 +42,8 @@ class SourceConfig(FrozenConfig):
 class SynthesizeConfig(FrozenConfig):
     """What is synthesised; `chunk_size` candidates are generated and kept at a time.
 
+    Ray Data keeps some 12 kB of every chunk in the driver: a pool of millions of rows wants chunks of thousands.
+
     A prompt and its answer have at most `max_length` ids together: the engine's own limit, which may be
     higher, must not decide what a candidate says.
     """

@@ -1,0 +1,36 @@
+"""What a pool cost: tokens and time, of all its candidates and for each row that was accepted."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from delia.generate.engine import EngineConfig
+from delia.store.candidates import Cost
+
+LOGGED = (
+    "synthesize/engine_seconds",
+    "synthesize/device_seconds",
+    "synthesize/prompt_tokens_per_row",
+    "synthesize/output_tokens_per_row",
+    "synthesize/engine_seconds_per_row",
+    "synthesize/device_seconds_per_row",
+)
+"""Logged at the pool's end; tokens were logged as they were spent."""
+
+
+def account(cost: Cost, num_rows: int, engine: EngineConfig | None) -> dict[str, float]:
+    """Return the ledger of a pool: what was spent, rejected rows included, in all and for each row.
+
+    `device_seconds` are the engine's times the GPUs of a replica, or its CPUs where it has none; unknown,
+    and left out, where nothing was generated.
+    """
+    ledger = {name: float(value) for name, value in asdict(cost).items()}
+    if engine is not None:
+        num_devices = engine.num_gpus_per_replica or engine.num_cpus_per_replica
+        ledger["device_seconds"] = cost.engine_seconds * num_devices
+    return ledger | {f"{name}_per_row": value / max(1, num_rows) for name, value in ledger.items()}
+
+
+def to_metrics(ledger: Mapping[str, float]) -> dict[str, float]:
+    """Return what is logged of a ledger."""
+    named = {name: name.removeprefix("synthesize/") for name in LOGGED}
+    return {name: ledger[key] for name, key in named.items() if key in ledger}
