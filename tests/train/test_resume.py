@@ -87,7 +87,7 @@ def change(file: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [cut, change, Path.unlink], ids=["cut", "changed", "lost"])
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "seal-0.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "seal-0.json", "progress.json"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
     three_steps, train_here, caplog, harm, name
 ):

@@ -2,7 +2,8 @@
 
 Each worker writes its own shards, so any number of workers can read them back. Ray Train commits a
 checkpoint when every worker has reported it; a directory on disk is not yet one. Each worker seals its
-files with their digests, so one that was cut or changed since is seen, and the one before it is taken.
+files with their digests, so one that was cut or changed since is seen, and the one before it is taken. The
+first one seals, among its own, a note of how many workers there were: so a seal that is lost is seen too.
 """
 
 import json
@@ -26,10 +27,13 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from delia.errors import TrainError
+from delia.store.tables import join, list_names, read_bytes
 from delia.train.guards import LossWatch, agree
 
 logger = logging.getLogger(__name__)
 SEAL = "seal-{}.json"
+PROGRESS = "progress.json"
+"""After which step a checkpoint was made, and by how many workers."""
 _SHARDED = StateDictOptions(ignore_frozen_params=True)
 
 
@@ -54,12 +58,31 @@ def save_checkpoint(
     save(_state(model, optimizers, watch, step), checkpoint_id=str(directory))
 
 
-def seal_checkpoint(directory: Path) -> None:
+def seal_checkpoint(directory: Path, step: int) -> None:
     """Note the digests of this worker's files beside them, when all of them are there."""
+    rank, num_workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if rank == 0:
+        (directory / PROGRESS).write_text(json.dumps({"step": step, "num_workers": num_workers}))
     files = sorted(file for file in directory.rglob("*") if file.is_file())
     digests = {str(file.relative_to(directory)): _digest(file) for file in files}
-    name = SEAL.format(torch.distributed.get_rank())
-    (directory / name).write_text(json.dumps(digests, indent=1))
+    (directory / SEAL.format(rank)).write_text(json.dumps(digests, indent=1))
+
+
+def read_sealed_step(address: str) -> tuple[int, str]:
+    """Return after which step a checkpoint was made, 0 if a seal is missing; and what is missing.
+
+    The files are not held against their digests: that needs all of them.
+    """
+    names = set(list_names(address))
+    if PROGRESS not in names:
+        return 0, f"{PROGRESS} is missing"
+    try:
+        progress: dict[str, int] = json.loads(read_bytes(join(address, PROGRESS)))
+        step, seals = progress["step"], [SEAL.format(rank) for rank in range(progress["num_workers"])]
+    except (ValueError, KeyError, TypeError):
+        return 0, f"{PROGRESS} is not whole"
+    missing = [seal for seal in seals if seal not in names]
+    return (0, f"{missing[0]} is missing") if missing else (step, "")
 
 
 def find_damage(directory: Path) -> str:
@@ -67,6 +90,9 @@ def find_damage(directory: Path) -> str:
     seals = sorted(directory.glob(SEAL.format("*")))
     if not seals:
         return "it has no seal"
+    _, problem = read_sealed_step(str(directory))
+    if problem:
+        return problem
     for seal in seals:
         try:
             digests: dict[str, str] = json.loads(seal.read_text())

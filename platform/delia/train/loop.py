@@ -140,5 +140,5 @@ def report_checkpoint(
         save_checkpoint(model, optimizers, watch, step, Path(folder))
         if step == task.config.max_steps:
             write_trained(model, Path(folder) / ADAPTER_FOLDER, base=task.model, config=task.config)
-        seal_checkpoint(Path(folder))
+        seal_checkpoint(Path(folder), step)
         ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder))
