@@ -23,10 +23,11 @@ from delia.store.adapters import read_tensors
 from delia.store.models import ModelConfig
 from delia.train.building import TrainInput
 from delia.train.guards import Outcome
-from delia.train.launch import SNAPSHOT, run_training
+from delia.train.launch import run_training
 from delia.train.loop import ADAPTER_FOLDER, train_worker
 from delia.train.rows import TASK, join_rows
 from delia.train.settings import StageConfig, TrainConfig
+from delia.train.snapshot import SNAPSHOT
 
 TOKEN = 7
 PATIENCE = 600

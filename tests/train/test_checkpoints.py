@@ -1,12 +1,18 @@
-"""A checkpoint is whole with every worker's seal."""
+"""A checkpoint is whole with every worker's seal; a list of checkpoints that was cut is made anew from those there."""
 
 import json
 import shutil
 from pathlib import Path
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
+from delia.store.tables import exists, join, read_bytes, upload_directory, write_bytes
 from delia.train.checkpoints import find_damage, read_sealed_step, seal_checkpoint
+from delia.train.snapshot import SNAPSHOT, mend_snapshot
+
+TORN = b'{"checkpoint_results": ['
 
 
 @pytest.fixture
@@ -29,6 +35,9 @@ def make_sealed(tmp_path, monkeypatch):
         return directory
 
     return make
+
+
+# ---- seals
 
 
 def test_a_checkpoint_of_two_workers_with_both_seals_is_whole(make_sealed):
@@ -69,3 +78,62 @@ def test_a_note_of_the_workers_that_is_not_one_is_damage(make_sealed, text):
     directory = make_sealed("two", 6)
     (directory / "progress.json").write_text(text)
     assert find_damage(directory) == "progress.json is not whole"
+
+
+# ---- the list
+
+
+@pytest.fixture(params=["path", "s3"])
+def address(request, tmp_path, monkeypatch):
+    """The directory of a run, on a disk or in an object store."""
+    if request.param == "path":
+        yield str(tmp_path / "storage" / "run")
+        return
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="bucket")
+    yield f"s3://bucket/{tmp_path.name}/run"
+    server.stop()
+
+
+def test_a_list_that_was_cut_is_made_anew_by_step_and_what_is_not_sealed_comes_first(
+    make_sealed, address, caplog
+):
+    """By step, not by name: a name is the clock of a node, which another's may be behind."""
+    steps = {"checkpoint_4": 6, "checkpoint_2": 9, "checkpoint_3": 12}
+    for name, step in steps.items():
+        upload_directory(make_sealed(name, step), join(address, name))
+    upload_directory(make_sealed("checkpoint_5", 15, saved_by=(0,)), join(address, "checkpoint_5"))
+    write_bytes(join(address, SNAPSHOT), TORN)
+
+    mend_snapshot(address)
+    listed = json.loads(read_bytes(join(address, SNAPSHOT)))
+    expected = [{"checkpoint_dir_name": "checkpoint_5", "metrics": {"step": 0}}]
+    expected += [{"checkpoint_dir_name": name, "metrics": {"step": step}} for name, step in steps.items()]
+    assert listed["checkpoint_results"] == expected
+    assert listed["latest_checkpoint_result"] == expected[-1]
+    assert listed["checkpoint_report_indices"] == [0, 1, 2, 3]
+    assert listed["current_report_index"] == 4
+    assert "it is made anew, its last checkpoint is of step 12" in caplog.text
+
+
+def test_a_whole_list_is_left_as_it_is_and_none_is_made_where_none_was(make_sealed, tmp_path):
+    make_sealed("checkpoint_1", 6)
+    mend_snapshot(str(tmp_path))
+    assert not (tmp_path / SNAPSHOT).exists(), "what nobody committed is listed"
+    (tmp_path / SNAPSHOT).write_text('{"checkpoint_results": []}')
+    mend_snapshot(str(tmp_path))
+    assert (tmp_path / SNAPSHOT).read_text() == '{"checkpoint_results": []}'
+
+
+def test_a_list_that_was_cut_with_no_checkpoint_beside_it_is_removed(address, caplog):
+    write_bytes(join(address, SNAPSHOT), TORN)
+    mend_snapshot(address)
+    assert not exists(join(address, SNAPSHOT))
+    assert "training starts anew" in caplog.text

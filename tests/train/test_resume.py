@@ -11,8 +11,9 @@ import torch
 
 from delia.errors import TrainError
 from delia.train.guards import Outcome
-from delia.train.launch import SNAPSHOT, catch_termination, forget_torn_snapshot, forward_log
+from delia.train.launch import catch_termination, forward_log
 from delia.train.settings import StageConfig
+from delia.train.snapshot import SNAPSHOT
 
 STAGES = (
     StageConfig(parts=("token_rows",), rows="token", max_steps=4, token_learning_rate=3e-2, warmup_steps=2),
@@ -110,18 +111,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_names_them_and_the_way_out(thre
     assert "remove the run's directory above them to train from the first step" in str(caught.value)
 
 
-def test_a_list_of_checkpoints_that_a_kill_cut_short_is_forgotten_and_a_whole_one_kept(tmp_path, caplog):
-    snapshot = tmp_path / SNAPSHOT
-    forget_torn_snapshot(str(snapshot))
-    snapshot.write_text('{"checkpoint_results": []}')
-    forget_torn_snapshot(str(snapshot))
-    assert snapshot.exists()
-    snapshot.write_text('{"checkpoint_results": [')
-    forget_torn_snapshot(str(snapshot))
-    assert not snapshot.exists()
-    assert "training starts at its first step" in caplog.text
-
-
 # ---- what Ray Train commits and keeps
 
 
@@ -149,6 +138,27 @@ def test_a_directory_that_nobody_committed_is_no_checkpoint_and_old_ones_are_rem
     again = train_on_ray(task, storage=tmp_path)
     assert list(again.losses) == [6]
     assert_equal_tensors(again.tensors, whole.tensors)
+
+
+def test_a_run_whose_list_of_checkpoints_was_cut_goes_on_from_the_last_whole_one_and_keeps_two(
+    train_on_ray, make_input, tmp_path
+):
+    """As after a kill in the middle of writing the list, with a checkpoint half saved beside the last whole one."""
+    stage = StageConfig(max_steps=6, learning_rate=1e-2, warmup_steps=0)
+    task = make_input(stages=(stage,), checkpoint_every=1, num_kept_checkpoints=2, dropout=0.2)
+    whole = train_on_ray(task, storage=tmp_path)
+    fifth, sixth = whole.checkpoints.values()
+    (sixth / "seal-0.json").unlink()
+    snapshot = tmp_path / "run" / SNAPSHOT
+    snapshot.write_bytes(snapshot.read_bytes()[: snapshot.stat().st_size // 2])
+
+    again = train_on_ray(task, storage=tmp_path)
+    assert list(again.losses) == [6]
+    assert_equal_tensors(again.tensors, whole.tensors)
+    left = set((tmp_path / "run").glob("checkpoint_*")) - {snapshot}
+    assert left == set(again.checkpoints.values())
+    assert fifth in left
+    assert sixth not in left
 
 
 # ---- a wish to stop

@@ -7,7 +7,6 @@ the last committed checkpoint under `storage` and goes on from there. SIGTERM to
 node, `ray job stop`) ends a run after its next checkpoint, which it makes at the end of the step.
 """
 
-import json
 import logging
 import os
 import signal
@@ -25,17 +24,14 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from delia.errors import StoppedError, TrainError
-from delia.store.tables import exists, join, open_filesystem, read_bytes
+from delia.store.tables import join, open_filesystem
 from delia.train.building import TrainInput
 from delia.train.guards import Outcome
 from delia.train.loop import ADAPTER_FOLDER, train_worker
+from delia.train.snapshot import mend_snapshot
 
 logger = logging.getLogger(__name__)
 LogMetrics = Callable[[dict[str, float], int], None]
-
-
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Where Ray Train lists the checkpoints that it has committed."""
 
 
 @ray.remote(num_cpus=0)
@@ -166,7 +162,7 @@ def run_training(task: TrainInput, *, name: str, storage: str, output: str, log:
         StoppedError: The driver asked for an end; the checkpoint is committed.
     """
     config = task.config
-    forget_torn_snapshot(join(storage, name, SNAPSHOT))
+    mend_snapshot(join(storage, name))
     with forward_log(log) as remote_log:
         trainer = TorchTrainer(
             train_worker,  # type: ignore[arg-type]  # V2 hands on what the first worker returns
@@ -226,18 +222,3 @@ def read_last(result: Any, *, name: str, num_steps: int) -> Checkpoint:
         raise TrainError(f"training {name} left no checkpoint")
     last: Checkpoint = result.checkpoint
     return last
-
-
-def forget_torn_snapshot(address: str) -> None:
-    """Remove Ray Train's list of checkpoints if it is cut short; the run then starts at its first step.
-
-    Ray writes it in place, so a driver killed in that moment leaves a part, which no later run could read.
-    """
-    if not exists(address):
-        return
-    try:
-        json.loads(read_bytes(address))
-    except ValueError:
-        logger.warning("%s was cut short by a kill: training starts at its first step", address)
-        filesystem, path = open_filesystem(address)
-        filesystem.delete_file(path)
