@@ -155,10 +155,17 @@ def world_of_one(tmp_path_factory) -> Iterator[None]:
 def train_here(monkeypatch, tmp_path_factory, world_of_one) -> Callable[..., Run]:
     """Return a function that runs a worker in this process, from the last of some checkpoints if there are any.
 
-    Real model, FSDP2, optimizer and DCP; of Ray Train only the four calls that a worker makes.
+    Real model, FSDP2, optimizer and DCP; of Ray Train only the four calls that a worker makes. It may be one
+    of several: it then takes its part of each batch, and adds up its own gradients alone.
     """
 
-    def train(task: TrainInput, *checkpoints: Path, stop_after: int | None = None) -> Run:
+    def train(
+        task: TrainInput,
+        *checkpoints: Path,
+        stop_after: int | None = None,
+        rank: int = 0,
+        num_workers: int = 1,
+    ) -> Run:
         run, folder = Run(), tmp_path_factory.mktemp("checkpoints")
 
         def report(metrics: dict[str, int], checkpoint: Checkpoint) -> None:
@@ -170,7 +177,9 @@ def train_here(monkeypatch, tmp_path_factory, world_of_one) -> Callable[..., Run
 
         played = SimpleNamespace(
             get_context=lambda: SimpleNamespace(
-                get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_world_size=lambda: 1
+                get_world_rank=lambda: rank,
+                get_world_size=lambda: num_workers,
+                get_local_world_size=lambda: num_workers,
             ),
             get_all_reported_checkpoints=lambda: [
                 SimpleNamespace(checkpoint=Checkpoint.from_directory(path)) for path in checkpoints

@@ -4,14 +4,19 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from delia.errors import TrainError
 from delia.train.guards import Outcome
 from delia.train.launch import catch_termination, forward_log
+from delia.train.rows import TASK, join_rows
 from delia.train.settings import StageConfig
 from delia.train.snapshot import SNAPSHOT
 
@@ -39,13 +44,41 @@ def test_a_run_resumed_after_any_step_ends_like_the_whole_one(train_here, make_i
             assert_equal_tensors(rest.tensors, whole.tensors)
 
 
-def test_dropout_is_drawn_anew_each_step_and_never_by_the_adapter_alone(train_here, make_input):
+@pytest.fixture
+def masks() -> Iterator[list[torch.Tensor]]:
+    """What the first dropout of the model left out, a row of ten ids at a time; building tries others."""
+    seen: list[torch.Tensor] = []
+    chosen: list[torch.nn.Module] = []
+
+    def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if isinstance(module, torch.nn.Dropout) and module.p > 0 and output.shape[1] == 10:
+            if not seen:
+                chosen[:] = [module]
+            if module is chosen[0]:
+                seen.append(output == 0)
+
+    handle = register_module_forward_hook(keep)
+    yield seen
+    handle.remove()
+
+
+def test_dropout_is_drawn_anew_in_each_step_on_each_worker_and_for_each_micro_batch(
+    train_here, make_input, masks
+):
     """Without this the test above could pass with dropout that is off, or equal in every step."""
-    stages = (StageConfig(max_steps=3, learning_rate=1e-9, token_learning_rate=1e-9, warmup_steps=0),)
-    whole_batch = {"stages": stages, "global_batch_size": 24}
-    still, wild = (train_here(make_input(dropout=share, **whole_batch)).tensors for share in (0.0, 0.9))
-    b_name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
-    assert not torch.equal(still[b_name], wild[b_name])
+    rows = [(tuple(range(30, 40)), (False,) * 5 + (True,) * 5)] * 24  # of one length, so that masks compare
+    stages = (StageConfig(max_steps=3, learning_rate=1e-3, warmup_steps=0),)
+    settings = {"stages": stages, "global_batch_size": 4, "max_tokens_per_micro_batch": 10, "dropout": 0.5}
+    task = replace(make_input(**settings, token_ids=()), rows=join_rows(rows, sources=[TASK] * 24))
+    of_all = []
+    for rank in (0, 1):
+        masks.clear()
+        train_here(task, rank=rank, num_workers=2)
+        assert len(masks) == 3 * 2
+        of_all += masks
+    assert all(0.3 < float(mask.float().mean()) < 0.7 for mask in of_all)
+    alike = [(i, j) for (i, one), (j, other) in combinations(enumerate(of_all), 2) if torch.equal(one, other)]
+    assert alike == []
 
 
 def test_a_checkpoint_of_two_workers_goes_on_with_one(run_of_two, run_of_one, train_here, make_input):
