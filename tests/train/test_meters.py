@@ -1,8 +1,11 @@
 """DELIA's meters: right by hand, changing nothing, and what they say of planted cases."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from delia.config import override
 from delia.metrics import check_metric
@@ -40,13 +43,23 @@ def measured(make_input, world_of_one):
     return model, Meters(model, task, CONFIG), build_optimizer(model, STAGE), task
 
 
-@pytest.mark.parametrize("settings", [{}, {"offload": True}, {"gradient_checkpointing": True}])
-def test_meters_change_nothing(train_here, make_input, settings):
-    """Offloading shards one worker too: what a pass leaves gathered must not be taken for the parameters."""
-    if "offload" in settings and not torch.cuda.is_available():
-        settings = {}
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"offload": True}, {"gradient_checkpointing": True}],
+    ids=["plain", "offload", "checkpointing"],
+)
+def test_meters_change_nothing(train_here, make_input, monkeypatch, settings):
+    """Offloading shards one worker too, so that meters read and put back its shards."""
+    models = []
+
+    def build(task):
+        models.append(build_model(task))
+        return models[-1]
+
+    monkeypatch.setattr("delia.train.loop.build_model", build)
     on = train_here(make_task(make_input, **settings))
     off = train_here(make_task(make_input, **settings, meters=None))
+    assert [isinstance(model, FSDPModule) for model in models] == ["offload" in settings] * 2
     assert list(on.readings) == [0, 2, 4]
     assert off.readings == {}
     assert on.losses == off.losses
@@ -66,13 +79,27 @@ def test_a_reading_leaves_parameters_modes_generators_and_gradients_as_they_were
     assert {k: v for k, v in readings[0].items() if k not in costs} == {
         k: v for k, v in readings[1].items() if k not in costs
     }
-    assert 0 < readings[0]["train/meter_share"] <= 1
     assert all(check_metric(name) for name in readings[0])
     names = {name.partition("/")[2].partition("/")[0] for name in readings[0]}
     assert names == {
         "source_gradient_norm", "gradient_cosine", "buffering_change", "buffering_cosine", "off_task_kl",
         "token_cosine", "token_rank", "token_p_value", "meter_seconds", "meter_share",
     }  # fmt: skip
+
+
+def test_meters_are_read_before_the_first_step_and_every_so_many_after(train_here, make_input):
+    task = make_task(make_input, meters=CONFIG.model_copy(update={"every": 3}))
+    assert list(train_here(task).readings) == [0, 3]
+
+
+def test_the_share_is_the_time_of_all_readings_over_that_since_meters_began(measured, monkeypatch):
+    model, _, optimizer, task = measured
+    times = iter((10.0, 14.0, 16.0, 26.0, 29.0))  # two seconds of the first 6, then three more of 19
+    monkeypatch.setattr("delia.train.meters.time", SimpleNamespace(monotonic=lambda: next(times)))
+    meters = Meters(model, task, CONFIG)
+    readings = [meters.read(optimizer) for _ in range(2)]
+    assert [reading["train/meter_seconds"] for reading in readings] == [2.0, 3.0]
+    assert [reading["train/meter_share"] for reading in readings] == [2 / 6, 5 / 19]
 
 
 def probe_of(task, source: str) -> list[int]:

@@ -75,10 +75,10 @@ class Meters:
             readings |= self._neighbours.read(self._model)
         self._model.zero_grad(set_to_none=True)
         self._model.train(was_training)
-        seconds = time.monotonic() - started
-        self._seconds += seconds
-        share = self._seconds / (time.monotonic() - self._started)
-        return readings | {"train/meter_seconds": seconds, "train/meter_share": share}
+        ended = time.monotonic()
+        self._seconds += ended - started
+        share = self._seconds / (ended - self._started)
+        return readings | {"train/meter_seconds": ended - started, "train/meter_share": share}
 
     def _read_gradients(self, optimizer: torch.optim.AdamW) -> dict[str, float]:
         groups = optimizer.param_groups
