@@ -13,7 +13,7 @@ from delia.model.loading import load_base
 from delia.model.logprobs import load_adapted, mean_kl
 from delia.rng import make_random
 from delia.train.building import build_model, build_optimizer
-from delia.train.meters import Meters
+from delia.train.meters import Meters, choose_probe
 from delia.train.rows import TASK, join_rows
 from delia.train.settings import MetersConfig, StageConfig
 
@@ -153,6 +153,25 @@ def test_off_task_divergence_is_that_of_the_exported_adapter(train_here, make_in
     expected = mean_kl(load_base(tiny_llama), load_adapted(tiny_llama, short.adapter), sequences)
     assert readings[0]["train/off_task_kl"] < 1e-6
     assert readings[4]["train/off_task_kl"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("num_sources", "counts"), [(0, []), (1, [8]), (3, [3, 3, 2]), (8, [1] * 8), (12, [1] * 12)]
+)
+def test_a_reading_takes_no_more_rows_with_more_sources_until_each_has_but_one(num_sources, counts):
+    names = [TASK, *(f"source{number}" for number in range(num_sources))] * 10
+    rows = join_rows([((40, 41), (False, True))] * len(names), sources=names)
+    probe = choose_probe(rows, CONFIG.model_copy(update={"num_rows": 8}))
+    assert {name: len(chosen) for name, chosen in probe.items()} == dict(
+        zip(names, [8, *counts], strict=False)
+    )
+    assert all(names[row] == name for name, chosen in probe.items() for row in chosen)
+    assert all(len(set(chosen)) == len(chosen) for chosen in probe.values())
+
+
+def test_a_source_of_fewer_rows_than_its_part_gives_all():
+    rows = join_rows([((40, 41), (False, True))] * 5, sources=[TASK, "few", "few", "many", TASK])
+    assert choose_probe(rows, CONFIG) == {TASK: [0, 4], "few": [1, 2], "many": [3]}
 
 
 def test_without_diverse_rows_or_a_token_there_are_readings_of_the_rest(make_input, world_of_one):

@@ -8,6 +8,9 @@ F the Fisher information on the diverse prompts when their answers are the model
 cosine with the task's gradient g is negative (`train/buffering_cosine`), and the gradient itself is zero in
 expectation before any step.
 
+A reading costs a forward and a backward pass over `num_rows` rows of the task, three over as many diverse rows,
+however many sources there are, two forward passes over the latter, and one over a short prompt with each word.
+
 All workers read the same rows, so that the sharded gradients that FSDP averages are those of one. Dropout is off,
 parameters are put back bit for bit, and the generators of random numbers are not used.
 """
@@ -19,7 +22,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -32,7 +34,7 @@ from delia.train.divergence import HeldTokens
 from delia.train.neighbours import Neighbours
 from delia.train.packing import Stream, join_stream, pack_batch
 from delia.train.passes import reshard, sync_gradients
-from delia.train.rows import TASK
+from delia.train.rows import TASK, TrainRows
 from delia.train.settings import MetersConfig
 from delia.train.weighting import weigh_equally
 
@@ -49,10 +51,7 @@ class Meters:
         self._model = model
         self._config = task.config
         self._rows = task.rows
-        self._probe = {
-            source: _choose(np.flatnonzero(task.rows.source_R == place), config, source)
-            for place, source in enumerate(task.rows.sources)
-        }
+        self._probe = choose_probe(task.rows, config)
         self._has_base = not find_changes(model)
         self._neighbours = Neighbours.choose(model, task, config)
         self._started = time.monotonic()
@@ -170,10 +169,21 @@ class Meters:
         return float(total) / num_copies
 
 
-def _choose(rows: NDArray[np.int64], config: MetersConfig, source: str) -> list[int]:
-    return sorted(
-        make_random(config.seed, "probe", source).sample(rows.tolist(), min(config.num_rows, len(rows)))
-    )
+def choose_probe(rows: TrainRows, config: MetersConfig) -> dict[str, list[int]]:
+    """Return the rows that are read, by source: up to `num_rows` of the task, and as many diverse ones in all.
+
+    Diverse rows are spread evenly over the sources, earlier ones first with what does not divide, and each has
+    one at least: its gradient is read too.
+    """
+    others = [source for source in rows.sources if source != TASK]
+    share, rest = divmod(config.num_rows, max(1, len(others)))
+    wanted = {source: max(1, share + (place < rest)) for place, source in enumerate(others)}
+    probe = {}
+    for place, source in enumerate(rows.sources):
+        there = np.flatnonzero(rows.source_R == place).tolist()
+        count = min(wanted.get(source, config.num_rows), len(there))
+        probe[source] = sorted(make_random(config.seed, "probe", source).sample(there, count))
+    return probe
 
 
 def _local(tensor: Tensor) -> Tensor:

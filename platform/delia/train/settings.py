@@ -63,8 +63,10 @@ class RowScoresConfig(FrozenConfig):
 class MetersConfig(FrozenConfig):
     """DELIA's meters (`train.meters`): how often they are read, and on how much.
 
-    They are read before every `every`-th step, the first included, on `num_rows` rows of each source that stay the
-    same, and the new token among `num_words` words of the vocabulary; `seed` draws them and the permutations.
+    They are read before every `every`-th step, the first included, on rows that stay the same: at most `num_rows`
+    of the task and as many diverse ones, spread over all sources, so that a reading costs no more with more of
+    them (but each has one row at least). The new token is measured among `num_words` words of the vocabulary, or
+    all if that is as large. `seed` draws rows, words and permutations; `train/meter_share` says what it all costs.
     """
 
     every: int = Field(default=50, gt=0)
