@@ -94,9 +94,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "train/token_cosine", "1", "gauge", "The token's centred cosine to its words, less controls'", "layer"
     ),
-    Metric(
-        "train/token_rank", "1", "gauge", "Median rank of its words among the vocabulary, 0 nearest", "layer"
-    ),
+    Metric("train/token_rank", "1", "gauge", "Median rank of its words among those read, 0 nearest", "layer"),
     Metric(
         "train/token_p_value",
         "1",

@@ -119,6 +119,12 @@ def test_there_are_as_many_controls_of_each_word_as_half_of_the_words_allow(smal
     assert (neighbours and neighbours.num_controls) == num_controls
 
 
+def test_as_many_words_as_the_vocabulary_has_are_all_of_it(small):
+    model, task = small
+    neighbours = Neighbours.choose(model, task, MetersConfig(num_words=10_000))
+    assert sorted(neighbours.word_ids) == sorted(list_text_ids(task.model) - {TOKEN})
+
+
 def test_controls_are_as_frequent_in_the_rows_as_their_words(skewed):
     model, task = skewed
     counts = np.bincount(task.rows.ids_T, minlength=model.config.vocab_size)

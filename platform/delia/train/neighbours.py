@@ -110,7 +110,9 @@ class Neighbours:
     def read(self, model: PreTrainedModel) -> dict[str, float]:
         """Return the difference of mean cosines, the median rank and the p-value of each layer.
 
-        Layer 0 is the input embedding. A rank is a share of the other words: 0 is the nearest of all.
+        Layer 0 is the input embedding. A rank is the share of the other words that are read which lie nearer: 0 is
+        the nearest of all. It is not among the whole vocabulary, whose states would take a pass over the prefix
+        with each word of it, unless `num_words` of the settings is as large.
         """
         states_LWD = self._read_states(model)
         readings = {}
