@@ -196,8 +196,11 @@ def train_here(monkeypatch, tmp_path_factory, world_of_one) -> Callable[..., Run
 
 
 @pytest.fixture(scope="session")
-def train_together(tmp_path_factory) -> Iterator[Callable[[TrainInput], Run]]:
-    """Return a function that runs a task's workers in processes on gloo, without Ray; they stay for the next."""
+def work_together(tmp_path_factory) -> Iterator[Callable[..., tuple[Run, Path]]]:
+    """Return a function that has a task's workers run in processes on gloo, without Ray; they stay for the next.
+
+    It returns what the first one logged, and where all left their files (`worker.py`).
+    """
     workers: list[subprocess.Popen[str]] = []
 
     def start() -> subprocess.Popen[str]:
@@ -214,25 +217,37 @@ def train_together(tmp_path_factory) -> Iterator[Callable[[TrainInput], Run]]:
             worker.wait()
         workers.clear()
 
-    def train(task: TrainInput) -> Run:
+    def work(task: TrainInput, *, does: str) -> tuple[Run, Path]:
         folder, num_workers = tmp_path_factory.mktemp("together"), task.config.num_workers
         (folder / "task.pickle").write_bytes(pickle.dumps(task))
         workers.extend(start() for _ in range(num_workers - len(workers)))
-        order = {"task": str(folder / "task.pickle"), "num_workers": num_workers, "folder": str(folder)}
+        order = {"does": does, "task": str(folder / "task.pickle"), "folder": str(folder)}
         for rank, worker in enumerate(workers[:num_workers]):
-            worker.stdin.write(json.dumps(order | {"rank": rank}) + "\n")
+            worker.stdin.write(json.dumps(order | {"rank": rank, "num_workers": num_workers}) + "\n")
             worker.stdin.flush()
         if not all(is_done(worker) for worker in workers[:num_workers]):
             stop()  # one that is left waiting would fail the next test too
             pytest.fail("a worker failed: its error is above")
-        run = Run(adapter=folder / str(task.config.max_steps) / ADAPTER_FOLDER)
+        run = Run()
         for step, metrics in json.loads((folder / "lines.json").read_text()):
             run.enter(metrics, step)
+        return run, folder
+
+    yield work
+    stop()
+
+
+@pytest.fixture(scope="session")
+def train_together(work_together) -> Callable[[TrainInput], Run]:
+    """Return a function that trains in as many processes as a task has workers."""
+
+    def train(task: TrainInput) -> Run:
+        run, folder = work_together(task, does="train")
+        run.adapter = folder / str(task.config.max_steps) / ADAPTER_FOLDER
         run.checkpoints = {int(place.name): place for place in folder.iterdir() if place.name.isdecimal()}
         return run
 
-    yield train
-    stop()
+    return train
 
 
 @pytest.fixture(scope="session")

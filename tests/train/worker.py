@@ -1,9 +1,10 @@
-"""A worker process on gloo, without Ray: trains what each line of its input says, and answers with a line.
+"""A worker process on gloo, without Ray: does what each line of its input says, and answers with a line.
 
-    {"task": task.pickle, "rank": 0, "num_workers": 2, "folder": where it leaves its files}
+    {"does": "train", "task": task.pickle, "rank": 0, "num_workers": 2, "folder": where it leaves its files}
 
 Each run has a process group of its own. Files are lines.json, what the first worker logged, and a directory a
-checkpoint, into which every worker puts its shards.
+checkpoint, into which every worker puts its shards. A worker that does "step" leaves, instead of checkpoints,
+step.pt: what the loop has of a step before it moves anything, whole.
 """
 
 import json
@@ -11,11 +12,18 @@ import os
 import pickle
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from delia.train import checkpoints, loop
 from delia.train.building import TrainInput
@@ -54,6 +62,48 @@ def train(task: TrainInput, rank: int, num_workers: int, folder: Path) -> None:
         (folder / "lines.json").write_text(json.dumps(lines))
 
 
+@contextmanager
+def kept_gradients(rank: int, folder: Path) -> Iterator[None]:
+    """Let the loop start from an adapter that has moved, and keep the gradients that it is about to clip."""
+    built: list[PreTrainedModel] = []
+
+    def build(task: TrainInput) -> PreTrainedModel:
+        built.append(build_model(task))
+        move(built[0])
+        return built[0]
+
+    def clip(parameters: list[nn.Parameter], max_norm: float) -> float:
+        named = dict(built[0].named_parameters())
+        gradients = {name: gather(p.grad).clone() for name, p in named.items() if p.grad is not None}
+        first = next(iter(named.values()))
+        mesh = tuple(first.device_mesh.shape) if isinstance(first, DTensor) else ()
+        norm = clip_gradients(parameters, max_norm)
+        if rank == 0:
+            torch.save({"gradients": gradients, "norm": norm, "mesh": mesh}, folder / "step.pt")
+        return norm
+
+    build_model, clip_gradients = loop.build_model, loop.clip_gradients
+    with patch.multiple(loop, build_model=build, clip_gradients=clip, report_checkpoint=lambda *_: None):
+        yield
+
+
+@torch.no_grad()
+def move(model: PreTrainedModel) -> None:
+    """Let LoRA and rows differ from nothing, so that every gradient is alive; the same on any mesh."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name or name.endswith("deltas_KD"):
+            value = 0.1 * torch.randn(parameter.shape, generator=generator)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            parameter.copy_(value)
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whole; all workers must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def main() -> None:
     """Serve until the input ends; whatever libraries print goes to the errors."""
     answers = os.fdopen(os.dup(1), "w")
@@ -61,7 +111,9 @@ def main() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         task = pickle.loads(Path(order["task"]).read_bytes())  # the test's own
-        train(task, order["rank"], order["num_workers"], Path(order["folder"]))
+        rank, folder = order["rank"], Path(order["folder"])
+        with kept_gradients(rank, folder) if order["does"] == "step" else nullcontext():
+            train(task, rank, order["num_workers"], folder)
         print("done", file=answers, flush=True)
 
 
