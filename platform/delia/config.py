@@ -53,13 +53,12 @@ def flatten(settings: BaseModel) -> dict[str, Any]:
     return leaves
 
 
-def fingerprint(*parts: BaseModel | str) -> str:
-    """Return a content hash of settings and texts, 16 hex digits, equal in every process."""
+def fingerprint(*parts: BaseModel | Mapping[str, Any] | str) -> str:
+    """Return a content hash of settings, trees of JSON and texts, 16 hex digits, equal in every process."""
+    trees = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
     texts = [
-        part
-        if isinstance(part, str)
-        else json.dumps(part.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
-        for part in parts
+        tree if isinstance(tree, str) else json.dumps(tree, sort_keys=True, ensure_ascii=False)
+        for tree in trees
     ]
     return hash_text(*texts)[:16]
 

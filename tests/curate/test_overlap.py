@@ -1,9 +1,13 @@
 """Decontamination against dev and test."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from delia.curate.overlap import HeldOut
+from delia.curate.overlap import HeldOut, digest_prompts, read_eval_rows
 from delia.schema import Message, Row, SeedTask
+from delia.store.tasks import TaskConfig
 
 TEN = "zero one two three four five six seven eight nine"
 SYSTEM = "you are a very kind and patient helper of all people"
@@ -114,3 +118,37 @@ def test_the_length_of_the_ngram_is_a_setting_and_none_compares_whole_texts(
 def test_nothing_overlaps_where_nothing_is_held_out():
     assert not HeldOut([]).overlaps(make_row(""))
     assert not HeldOut([make_seed("", system="")]).overlaps(make_row("", answer="x"))
+
+
+# ---- sets beside the task's own
+
+
+def write_split(folder: Path, split: str, *prompts: str, answer: str = "yes") -> None:
+    rows = [json.dumps({"prompt": text, "completion": answer}) for text in prompts]
+    (folder / f"{split}.jsonl").write_text("\n".join(rows))
+
+
+def read_prompts(*paths: Path) -> list[str]:
+    rows = read_eval_rows([TaskConfig(path=str(path)) for path in paths])
+    return [row.prompt[-1].content for row in rows]
+
+
+def test_of_a_set_dev_and_test_are_read_and_all_rows_where_it_has_neither(tmp_path):
+    (tmp_path / "task.yaml").write_text("name: x")
+    write_split(tmp_path, "train", "a", "b")
+    assert read_prompts(tmp_path) == ["a", "b"]
+    assert read_prompts(tmp_path, tmp_path / "train.jsonl") == ["a", "b", "a", "b"]
+
+    write_split(tmp_path, "test", "d")
+    assert read_prompts(tmp_path) == ["d"]
+    write_split(tmp_path, "dev", "c")
+    assert read_prompts(tmp_path) == ["c", "d"]
+
+
+def test_the_digest_of_prompts_changes_with_them_and_with_nothing_else():
+    rows = [make_seed("a"), make_seed("b")]
+    digest = digest_prompts(rows)
+
+    assert digest_prompts([make_seed("b", answer="no"), make_seed("a"), make_seed("a")]) == digest
+    assert digest_prompts([make_seed("a"), make_seed("c")]) != digest
+    assert digest_prompts([make_seed("a", system="x"), make_seed("b")]) != digest

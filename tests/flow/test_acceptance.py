@@ -163,7 +163,7 @@ engine = Engine.remote()
 ray.get(engine.start.remote())
 nodes = Counter()
 for _ in range(2):
-    with host_acceptance(None, None, None, num_rows={}) as acceptance:
+    with host_acceptance(None, None, None, num_rows={}, eval_rows=()) as acceptance:
         actor = acceptance._actor
         nodes[ray.get(actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()))] += 1
 print("on the worker:", nodes[worker.node_id], "of", nodes.total())

@@ -1,5 +1,6 @@
-"""Decontamination: does a row's instruction hold a prompt of the dev or test split?
+"""Decontamination: does a row's instruction hold a prompt of the dev or test split, or of another set?
 
+    TaskConfigs --read_eval_rows--> eval rows --digest_prompts--> what of them decides a pool
     eval rows, train rows -> HeldOut;  Row --HeldOut.overlaps--> bool
 
 A row overlaps if its instruction, with or without system turns, equals an eval prompt; or if it contains
@@ -8,12 +9,38 @@ only. System turns of eval rows give no n-grams: a task says the same one in tra
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from delia.curate.ngrams import list_ngrams, normalise
-from delia.schema import Messages, Row, SeedTask
+from delia.rng import hash_text
+from delia.schema import Messages, Row, SeedTask, hash_messages
+from delia.store.task_rows import at_place
+from delia.store.tasks import TaskConfig, read_task
 
 OVERLAPS_EVAL = "overlaps_eval"
+
+
+def read_eval_rows(sets: Sequence[TaskConfig]) -> tuple[SeedTask, ...]:
+    """Read the rows of other sets that a pool is kept clear of: dev and test of each, or all where it has neither.
+
+    A single file is taken whole. A set with a row that can't be read is refused: what that row says could
+    not be kept out.
+
+    Raises:
+        TaskFileError: The first set that is missing or malformed, with its place in the settings.
+    """
+    rows: list[SeedTask] = []
+    for number, config in enumerate(sets):
+        whole = config.model_copy(update={"dev_fraction": 0.0, "test_fraction": 0.0})
+        with at_place(f"curate.decontaminate.{number}"):
+            splits = read_task(whole).rows_by_split
+        rows += (*splits["dev"], *splits["test"]) or splits["train"]
+    return tuple(rows)
+
+
+def digest_prompts(rows: Iterable[SeedTask]) -> str:
+    """Return the hash of the prompts of eval rows, in any order: of all that `HeldOut` reads of them."""
+    return hash_text(*sorted({hash_messages(row.prompt) for row in rows}))
 
 
 def _join_user_turns(messages: Messages) -> str:
@@ -33,7 +60,7 @@ class HeldOut:
         """Index the eval rows.
 
         Args:
-            eval_rows: All rows of dev and test.
+            eval_rows: All rows of dev and test, and those of `read_eval_rows`.
             train_rows: The task's own train rows. An n-gram that they hold too, such as the fixed part
                 of a template, betrays nothing and is left out; whole texts are never left out.
             ngram: Words of an n-gram; None compares whole texts only.

@@ -30,6 +30,7 @@ from delia.curate.semantic import SEMANTIC_DUPLICATE, SeenMeanings
 from delia.curate.stopping import StopRule
 from delia.errors import ConfigError
 from delia.schema import Rejection, Row, SeedTask
+from delia.store.tasks import TaskConfig
 
 Candidate = Row | Rejection
 
@@ -44,7 +45,8 @@ class CurateConfig(FilterConfig):
     `near_duplicate_threshold` is a Jaccard similarity of sets of word n-grams of `ngram` words (see
     `curate.dedup` on short texts); `num_perm` is the size of a MinHash, and changes what is searched, not
     what counts as similar. `overlap_ngram` is the number of words in a row that a row may not share with
-    dev or test.
+    dev or test, nor with the sets of `decontaminate`: files or directories as a task's, such as the
+    benchmarks that an adapter will be scored on (`overlap.read_eval_rows`).
 
     `semantic_threshold` is a cosine of the instructions' embeddings, and needs an `embedder` that knows
     meanings: "base" or a sentence-transformers directory (`curate.embedding`). Cosines of no two embedders
@@ -60,6 +62,7 @@ class CurateConfig(FilterConfig):
     num_perm: int = Field(default=128, ge=16)
     ngram: int = Field(default=3, gt=0)
     overlap_ngram: int | None = Field(default=8, gt=0)
+    decontaminate: tuple[TaskConfig, ...] = ()
     embedder: str = HASHED
     semantic_threshold: float | None = Field(default=None, gt=0, le=1)
     select: SelectConfig | None = None

@@ -18,7 +18,6 @@ from typing import Any, cast
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
-from delia.curate.diversity import choose_sample
 from delia.curate.pipeline import CurateConfig
 from delia.curate.stopping import ENOUGH_ROWS, StopConfig, StopRule
 from delia.errors import PoolError, StoreError
@@ -28,7 +27,7 @@ from delia.flow.workspace import Workspace
 from delia.generate.calls import call
 from delia.generate.engine import EngineConfig
 from delia.generate.pipeline import worker_environment
-from delia.schema import Rejection, Row
+from delia.schema import Rejection, Row, SeedTask
 from delia.store.candidates import (
     REJECTION_SCHEMA,
     ROW_SCHEMA,
@@ -99,12 +98,18 @@ class Acceptance:
         space: Workspace,
         *,
         num_rows: Mapping[str, int],
+        eval_rows: Sequence[SeedTask],
         allowed_modules: tuple[str, ...] = (),
     ) -> None:
-        """Take the settings; `num_rows` is by source what the pool is to have of it."""
+        """Take the settings; `num_rows` is by source what the pool is to have of it, `eval_rows` are kept out of it."""
         self._stop, self._space = stop, space
         self._open_curation = partial(
-            open_curation, curate, space, num_rows=num_rows, allowed_modules=allowed_modules
+            open_curation,
+            curate,
+            space,
+            num_rows=num_rows,
+            eval_rows=eval_rows,
+            allowed_modules=allowed_modules,
         )
         self._sources: dict[str, _Source] = {}
         self._round: tuple[str, ...] = ()
@@ -199,7 +204,7 @@ class Acceptance:
         num_rows = progress.num_accepted
         sources = [self._sources[name] for name in sorted(self._sources)]
         rows = Chain(tuple(source.rows for source in sources))
-        details, metrics = self._curation.describe(_pick(rows, choose_sample(num_rows)), num_rows)
+        details, metrics = self._curation.describe(rows, num_rows)
         ledger = account(self._cost, num_rows, engine)
         details |= {"template_hash": self._space.chat.template_hash, "cost": ledger}
         self._curation.score(address, rows)
@@ -238,17 +243,6 @@ class Acceptance:
         source.rows, source.rejections = Spool(ROW_SCHEMA), Spool(REJECTION_SCHEMA)
         source.rows.add(to_row_table(kept))
         source.rejections.add(to_rejection_table(rejections))
-
-
-def _pick(tables: Chain, places: Sequence[int]) -> list[Row]:
-    """Return the rows at ascending places."""
-    picked: list[Row] = []
-    first, wanted = 0, list(places)
-    for table in tables:
-        here = [place - first for place in wanted if place < first + table.num_rows]
-        picked += from_row_table(table.take(here)) if here else ()
-        wanted, first = wanted[len(here) :], first + table.num_rows
-    return picked
 
 
 @contextmanager

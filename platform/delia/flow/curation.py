@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from delia.config import build_method
-from delia.curate.diversity import measure_diversity
+from delia.curate.diversity import choose_sample, measure_diversity
 from delia.curate.embedding import Embedder, load_embedder
 from delia.curate.leaks import ControlTexts
 from delia.curate.likelihood import LIKELIHOOD, score_answers
@@ -22,7 +22,7 @@ from delia.curate.selection import Selector, select_rows
 from delia.flow.workspace import Workspace
 from delia.model.loading import load_base
 from delia.rng import derive_seed
-from delia.schema import Rejection, Row
+from delia.schema import Rejection, Row, SeedTask
 from delia.store.candidates import from_row_table
 from delia.store.scores import write_scores
 
@@ -52,15 +52,17 @@ class Curation:
         seed = derive_seed("select", config.seed, source)
         return select_rows(rows, self.selector, num_rows=num_rows, seed=seed, embed=self.embed)
 
-    def describe(self, sample: Sequence[Row], num_rows: int) -> tuple[dict[str, object], dict[str, float]]:
+    def describe(
+        self, tables: Iterable[pa.Table], num_rows: int
+    ) -> tuple[dict[str, object], dict[str, float]]:
         """Measure the diversity of a pool; return the manifest's details and the metrics to log.
 
         Args:
-            sample: Its rows at the places of `choose_sample`.
-            num_rows: Its rows in all.
+            tables: Its rows.
+            num_rows: How many they are.
         """
         report = measure_diversity(
-            sample,
+            _pick(tables, choose_sample(num_rows)),
             self.embed,
             num_rows=num_rows,
             embedder=self.config.embedder,
@@ -102,6 +104,7 @@ def open_curation(
     space: Workspace,
     *,
     num_rows: Mapping[str, int],
+    eval_rows: Sequence[SeedTask],
     allowed_modules: tuple[str, ...] = (),
 ) -> Curation:
     """Build a curator for each source, and what comes after them.
@@ -110,13 +113,14 @@ def open_curation(
         config: What is kept.
         space: Model, chat format and task; dev and test are kept out of the pool.
         num_rows: Source -> rows that the pool is to have of it.
+        eval_rows: Rows of `config.decontaminate`, kept out too; this node may not see their files.
         allowed_modules: Modules outside `delia.methods` that settings may name.
 
     Raises:
         ConfigError: No such embedder, language or selector.
     """
     splits = space.task.rows_by_split
-    held_out = [*splits["dev"], *splits["test"]]
+    held_out = [*splits["dev"], *splits["test"], *eval_rows]
     embed = load_embedder(config.embedder, model=space.model, chat=space.chat)
     texts = ControlTexts(space.chat.table.control_ids, task_tokens=space.chat.token_ids)
     select = config.select
@@ -134,3 +138,14 @@ def open_curation(
         embed=embed,
         selector=build_method(select, allowed_modules=allowed_modules) if select else None,
     )
+
+
+def _pick(tables: Iterable[pa.Table], places: Sequence[int]) -> list[Row]:
+    """Return the rows at ascending places."""
+    picked: list[Row] = []
+    first, wanted = 0, list(places)
+    for table in tables:
+        here = [place - first for place in wanted if place < first + table.num_rows]
+        picked += from_row_table(table.take(here)) if here else ()
+        wanted, first = wanted[len(here) :], first + table.num_rows
+    return picked

@@ -12,16 +12,18 @@ the stop rule: neither replicas, nor the order of chunks, nor restarts change it
 
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 from delia.config import FrozenConfig, fingerprint
+from delia.curate.overlap import digest_prompts, read_eval_rows
 from delia.curate.pipeline import CurateConfig
 from delia.curate.stopping import StopConfig
 from delia.errors import ConfigError, PoolError
 from delia.flow.acceptance import Acceptance, AcceptanceLostError, host_acceptance
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
+from delia.schema import SeedTask
 from delia.store.pools import Pool, read_pool
 from delia.store.tables import is_finished, leave_mark
 from delia.synthesize.dialogue import Dialogue
@@ -45,8 +47,19 @@ class PoolConfig(FrozenConfig):
 
 
 def pool_fingerprint(config: PoolConfig, space: Workspace) -> str:
-    """Return the name of the pool: everything that decides its rows, nothing that does not."""
-    return fingerprint(config, space.model_id, space.chat.template_hash, space.task.digest)
+    """Return the name of the pool: everything that decides its rows, nothing that does not.
+
+    Raises:
+        TaskFileError: See `read_eval_rows`.
+    """
+    return _name_pool(config, space, read_eval_rows(config.curate.decontaminate))
+
+
+def _name_pool(config: PoolConfig, space: Workspace, eval_rows: Sequence[SeedTask]) -> str:
+    """Return the name of the pool; of the sets of `decontaminate` what they hold counts, not where they lie."""
+    settings = config.model_dump(mode="json", exclude={"curate": {"decontaminate"}})
+    digests = [digest_prompts(eval_rows)] if eval_rows else []
+    return fingerprint(settings, space.model_id, space.chat.template_hash, space.task.digest, *digests)
 
 
 def build_pool(
@@ -72,8 +85,10 @@ def build_pool(
         ConfigError: The engine admits fewer ids than `max_length`, or a rule of `curate` names nothing.
         EngineError: No engine can start, or it fails on everything.
         StoreError: `output_dir` can't be written or is not shared by all nodes, or a stored chunk was damaged.
+        TaskFileError: A set of `curate.decontaminate` is missing or malformed.
     """
-    name = pool_fingerprint(config, space)
+    eval_rows = read_eval_rows(config.curate.decontaminate)
+    name = _name_pool(config, space, eval_rows)
     address = space.address("pools", name)
     if is_finished(address):
         return read_pool(address)
@@ -84,7 +99,13 @@ def build_pool(
     while True:
         try:
             metrics, num_seen = _make_pool(
-                config, space, name, engine=engine, log=forward, allowed_modules=allowed_modules
+                config,
+                space,
+                name,
+                eval_rows=eval_rows,
+                engine=engine,
+                log=forward,
+                allowed_modules=allowed_modules,
             )
             break
         except AcceptanceLostError as error:
@@ -105,6 +126,7 @@ def _make_pool(
     space: Workspace,
     name: str,
     *,
+    eval_rows: Sequence[SeedTask],
     engine: EngineConfig | None,
     log: LogMetrics,
     allowed_modules: tuple[str, ...],
@@ -113,7 +135,12 @@ def _make_pool(
     targets = {source.name: source.num_rows for source in config.synthesize.sources}
     size = config.synthesize.chunk_size
     with host_acceptance(
-        config.curate, config.stop, space, num_rows=targets, allowed_modules=allowed_modules
+        config.curate,
+        config.stop,
+        space,
+        num_rows=targets,
+        eval_rows=eval_rows,
+        allowed_modules=allowed_modules,
     ) as acceptance:
         with leave_mark(space.output_dir) as mark:
             acceptance.begin(mark)

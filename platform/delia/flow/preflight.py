@@ -9,6 +9,7 @@ from delia.chat import load_chat
 from delia.config import build_method
 from delia.curate.embedding import check_embedder
 from delia.curate.language import find_languages
+from delia.curate.overlap import read_eval_rows
 from delia.errors import ConfigError
 from delia.evaluate.harness import EvaluateConfig
 from delia.evaluate.scoring import METRICS
@@ -32,7 +33,7 @@ def check_settings(task: Task, arms: Mapping[str, ArmConfig], pool: PoolConfig |
     """Check what needs no model of the task's: metrics and suites, stages, ratios, sources and curation.
 
     Raises:
-        ConfigError: See the single checks.
+        ConfigError, TaskFileError: See the single checks.
     """
     check_metrics(task)
     check_stages(task, arms)
@@ -42,6 +43,7 @@ def check_settings(task: Task, arms: Mapping[str, ArmConfig], pool: PoolConfig |
         check_sources(pool)
         check_embedder(pool.curate.embedder)
         find_languages(pool.curate.languages or ())
+        read_eval_rows(pool.curate.decontaminate)
 
 
 def check_train_methods(arms: Mapping[str, ArmConfig]) -> None:
