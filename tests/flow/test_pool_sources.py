@@ -10,8 +10,9 @@ import pytest
 from delia.config import MethodConfig
 from delia.curate.pipeline import CurateConfig
 from delia.curate.stopping import StopConfig
-from delia.errors import ConfigError, PoolError
+from delia.errors import ConfigError, PoolError, TaskFileError
 from delia.flow.pool import PoolConfig, build_pool
+from delia.flow.preflight import check_sources
 from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.methods.synthesizer.magpie import Magpie
 from delia.store.tasks import TaskConfig
@@ -82,6 +83,39 @@ def test_rows_of_a_file_become_a_source_in_the_files_order_and_cost_nothing(
     assert len({row.row_id for row in pool.rows}) == 3
     assert pool.manifest.details["cost"]["output_tokens"] == 0
     assert [(item.reason, item.index) for item in read_back(space, config)] == [("duplicate", 2)]
+
+
+def test_a_malformed_row_of_a_file_is_a_rejection_with_its_place_and_ends_no_job(
+    space, tmp_path, local_acceptance, build, read_back
+):
+    rows = write_rows(tmp_path / "rows.jsonl", "the fox", "the owl", "the cat", "the dog")
+    lines = Path(rows.path).read_text().split("\n")
+    Path(rows.path).write_text("\n".join((lines[0], '{"messages": []}', lines[2], "{", lines[3])))
+    config = make_pool_config(make_source("file", rows=rows, num_rows=3))
+    check_sources(config)
+    pool = build(space, config, num_replicas=None)
+    rejections = read_back(space, config)
+
+    assert [(row.index, row.instruction) for row in pool.rows] == [
+        (0, "the fox"),
+        (2, "the cat"),
+        (4, "the dog"),
+    ]
+    assert pool.manifest.counts == {"accepted": 3, "rejected_malformed": 2}
+    assert [(item.reason, item.index) for item in rejections] == [("malformed", 1), ("malformed", 3)]
+    assert rejections[0].text.startswith(f"{rows.path}: line 2: no user turn")
+    assert rejections[1].text.startswith(f"{rows.path}: line 4: not JSON")
+    assert len({item.row_id for item in rejections}) == 2
+
+
+def test_a_file_of_malformed_rows_alone_is_refused_with_the_first(space, tmp_path, local_acceptance, build):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "the fox", "answer": "red"}\n' * 3)
+    config = make_pool_config(make_source("file", rows=TaskConfig(path=str(path)), num_rows=3))
+
+    for begin in (check_sources, lambda config: build(space, config, num_replicas=None)):
+        with pytest.raises(TaskFileError, match=r"line 1: .* fit no layout.*none of the 3 rows"):
+            begin(config)
 
 
 def test_an_imported_row_is_known_by_its_content_wherever_it_stands(opened, tmp_path, build):

@@ -23,7 +23,7 @@ from delia.model.loading import check_quantisation, load_shapes
 from delia.model.lora import STARTS_ELSEWHERE
 from delia.schema import Message, Split, Task
 from delia.store.models import resolve_model
-from delia.store.tasks import read_task
+from delia.store.tasks import read_import
 from delia.train.export import check_storable
 from delia.train.memory import describe_shortage, read_device_bytes
 from delia.train.methods import check_methods
@@ -76,7 +76,7 @@ def check_sources(pool: PoolConfig) -> None:
     """
     for source in pool.synthesize.sources:
         if source.rows is not None:
-            read_task(source.rows)
+            read_import(source.rows)
         if source.model is not None:
             load_chat(str(resolve_model(source.model)), chat_template=source.model.chat_template)
         if source.synthesizer is not None and source.synthesizer.method.startswith("delia.methods."):

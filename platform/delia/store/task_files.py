@@ -35,28 +35,30 @@ FOREIGN_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UT
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawRow:
-    """One object of a file, not yet looked at, and its place for messages."""
+    """One object of a file, not yet looked at, and its place for messages; `fault` says why it has no fields."""
 
     place: str
     fields: dict[str, Any]
+    fault: str = ""
 
 
-def read_raw_rows(address: str, *, max_line_bytes: int) -> list[RawRow]:
+def read_raw_rows(address: str, *, max_line_bytes: int, keeps_faults: bool = False) -> list[RawRow]:
     """Read every row of a JSON Lines file, a Parquet file or a saved dataset.
 
     Args:
         address: Local path or URI; the format follows from the suffix.
         max_line_bytes: Longest line of a JSON Lines file, in bytes without its end.
+        keeps_faults: A line or row that can't be unpacked becomes a row with a fault, not an error.
 
     Raises:
         TaskFileError: Missing, unreadable, of an unknown format, malformed, or without rows.
     """
     if address.lower().endswith(LINE_SUFFIXES):
-        rows = list(_read_json_lines(address, max_line_bytes))
+        rows = list(_read_json_lines(address, max_line_bytes, keeps_faults=keeps_faults))
     elif address.lower().endswith(PARQUET_SUFFIX):
-        rows = list(_read_parquet(address))
+        rows = list(_read_parquet(address, keeps_faults=keeps_faults))
     elif exists(join(address, DATASET_STATE)):
-        rows = list(_read_dataset(address))
+        rows = list(_read_dataset(address, keeps_faults=keeps_faults))
     else:
         raise TaskFileError(f"{address}: no format is known for this name; use one of {list(SUFFIXES)}")
     if not rows:
@@ -73,7 +75,7 @@ def read_json_object(address: str) -> dict[str, Any]:
     return _parse_object(data, place=address)
 
 
-def _read_json_lines(address: str, max_line_bytes: int) -> Iterator[RawRow]:
+def _read_json_lines(address: str, max_line_bytes: int, *, keeps_faults: bool) -> Iterator[RawRow]:
     filesystem, path = open_filesystem(address)
     try:
         with filesystem.open_input_stream(path) as stream:
@@ -82,7 +84,13 @@ def _read_json_lines(address: str, max_line_bytes: int) -> Iterator[RawRow]:
                     line = _strip_mark(line, address)
                 if line.strip():
                     place = f"{address}: line {number}"
-                    yield RawRow(place=place, fields=_parse_object(line, place=place))
+                    try:
+                        row = RawRow(place=place, fields=_parse_object(line, place=place))
+                    except TaskFileError as error:
+                        if not keeps_faults:
+                            raise
+                        row = RawRow(place=place, fields={}, fault=str(error))
+                    yield row
     except OSError as error:
         raise TaskFileError(f"{address}: can't be read: {error}") from error
 
@@ -144,16 +152,17 @@ def _parse_object(line: bytes, *, place: str) -> dict[str, Any]:
     return value
 
 
-def _read_parquet(address: str) -> Iterator[RawRow]:
+def _read_parquet(address: str, *, keeps_faults: bool) -> Iterator[RawRow]:
     filesystem, path = open_filesystem(address)
     try:
         with filesystem.open_input_file(path) as file:
-            yield from _unpack(pq.ParquetFile(file).iter_batches(batch_size=1024), address)
+            batches = pq.ParquetFile(file).iter_batches(batch_size=1024)
+            yield from _unpack(batches, address, keeps_faults=keeps_faults)
     except (pa.ArrowException, OSError) as error:
         raise TaskFileError(f"{address}: can't be read as Parquet: {error}") from error
 
 
-def _read_dataset(address: str) -> Iterator[RawRow]:
+def _read_dataset(address: str, *, keeps_faults: bool) -> Iterator[RawRow]:
     state = read_json_object(join(address, DATASET_STATE))
     try:
         shards = [join(address, entry["filename"]) for entry in state["_data_files"]]
@@ -161,7 +170,7 @@ def _read_dataset(address: str) -> Iterator[RawRow]:
         raise TaskFileError(
             f"{address}: {DATASET_STATE} lists no data files; save the dataset again with save_to_disk"
         ) from error
-    yield from _unpack(_iterate_batches(shards), address)
+    yield from _unpack(_iterate_batches(shards), address, keeps_faults=keeps_faults)
 
 
 def _iterate_batches(shards: list[str]) -> Iterator[pa.RecordBatch]:
@@ -174,7 +183,7 @@ def _iterate_batches(shards: list[str]) -> Iterator[pa.RecordBatch]:
             raise TaskFileError(f"{shard}: can't be read as Arrow: {error}") from error
 
 
-def _unpack(batches: Iterator[pa.RecordBatch], address: str) -> Iterator[RawRow]:
+def _unpack(batches: Iterator[pa.RecordBatch], address: str, *, keeps_faults: bool) -> Iterator[RawRow]:
     number = 0
     for batch in batches:
         for index in range(batch.num_rows):
@@ -182,6 +191,10 @@ def _unpack(batches: Iterator[pa.RecordBatch], address: str) -> Iterator[RawRow]
             place = f"{address}: row {number}"
             try:  # Arrow checks texts only when they are unpacked
                 [fields] = batch.slice(index, 1).to_pylist()
+                row = RawRow(place=place, fields=fields)
             except UnicodeDecodeError as error:
-                raise TaskFileError(f"{place}: text is not UTF-8: {error.reason}; write it again") from error
-            yield RawRow(place=place, fields=fields)
+                fault = f"{place}: text is not UTF-8: {error.reason}; write it again"
+                if not keeps_faults:
+                    raise TaskFileError(fault) from error
+                row = RawRow(place=place, fields={}, fault=fault)
+            yield row

@@ -55,6 +55,34 @@ def parse_rows(raw_by_split: Mapping[Split, list[RawRow]], columns: ColumnMappin
     return placed
 
 
+def parse_each(
+    raw_by_split: Mapping[Split, list[RawRow]], columns: ColumnMapping
+) -> list[SeedTask | TaskFileError]:
+    """Parse the train rows each by itself, under the layout of the first that has one.
+
+    Returns:
+        In the file's order rows, and in the place of a malformed one the error that names it.
+
+    Raises:
+        TaskFileError: That of the first row where none can be parsed; or a renamed column that no row has.
+    """
+    parsed: list[SeedTask | TaskFileError] = []
+    resolved: ColumnMapping | None = None
+    for raw in raw_by_split["train"]:
+        try:
+            with at_place(raw.place):
+                resolved = resolved or resolve_layout(columns, raw.fields)
+                parsed.append(parse_row(raw.fields, resolved, is_train=True))
+        except TaskFileError as error:
+            fault = raw.fault or str(error)
+            parsed.append(TaskFileError(fault))  # not the one that was raised: its traceback holds the row
+    if all(isinstance(item, TaskFileError) for item in parsed):
+        raise TaskFileError(f"{parsed[0]} (and none of the {len(parsed)} rows can be read)")
+    with at_place(raw_by_split["train"][0].place):
+        _check_renamed(raw_by_split, columns)
+    return parsed
+
+
 def split_rows(
     rows: list[PlacedRow], *, fraction_by_split: Mapping[Split, float], seed: int
 ) -> list[PlacedRow]:

@@ -31,6 +31,7 @@ from delia.store.task_rows import (
     check_overlaps,
     check_tokens,
     name_rows,
+    parse_each,
     parse_rows,
     split_rows,
 )
@@ -82,21 +83,29 @@ def read_task(config: TaskConfig) -> Task:
         TaskFileError: The first thing that is wrong, with the file and the line or row.
     """
     path = config.path.rstrip("/") or "/"
-    with naming_hub_errors(path):
-        form = find_form(path)
-        header = _read_header(form, path, config)
-        raw_by_split = {
-            split: [
-                row for file in files for row in read_raw_rows(file, max_line_bytes=config.max_line_bytes)
-            ]
-            for split, files in form.files_by_split.items()
-        }
+    form, header, raw_by_split = _read_raw(config, path, keeps_faults=False)
     rows = parse_rows(raw_by_split, header.columns)
     if form.is_whole:
         fractions: dict[Split, float] = {"dev": config.dev_fraction, "test": config.test_fraction}
         with at_place(path):
             rows = split_rows(rows, fraction_by_split=fractions, seed=config.seed)
     return _assemble(rows, header, path)
+
+
+def read_import(config: TaskConfig) -> list[SeedTask | TaskFileError]:
+    """Read the train rows of foreign data, all rows of a single file, each by itself: no row costs another.
+
+    Ids, tokens and the rows of other splits play no part, and are not checked.
+
+    Returns:
+        In the file's order rows, and in the place of a malformed one the error that names its place.
+
+    Raises:
+        TaskFileError: What is wrong with the file as a whole, or with every row of it.
+    """
+    path = config.path.rstrip("/") or "/"
+    _, header, raw_by_split = _read_raw(config, path, keeps_faults=True)
+    return parse_each(raw_by_split, header.columns)
 
 
 def write_task(directory: str, task: Task) -> None:
@@ -164,6 +173,26 @@ def digest_task(
         for split in SPLITS
     ]
     return hash_text(hash_text(*tokens), long_instruction, *hash_by_split)
+
+
+def _read_raw(
+    config: TaskConfig, path: str, *, keeps_faults: bool
+) -> tuple[TaskForm, TaskHeader, dict[Split, list[RawRow]]]:
+    """Find what lies at a path and read every file of it."""
+    with naming_hub_errors(path):
+        form = find_form(path)
+        header = _read_header(form, path, config)
+        raw_by_split = {
+            split: [
+                row
+                for file in files
+                for row in read_raw_rows(
+                    file, max_line_bytes=config.max_line_bytes, keeps_faults=keeps_faults
+                )
+            ]
+            for split, files in form.files_by_split.items()
+        }
+    return form, header, raw_by_split
 
 
 def _read_header(form: TaskForm, path: str, config: TaskConfig) -> TaskHeader:

@@ -14,16 +14,19 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
-from delia.errors import StoreError
+from delia.errors import StoreError, TaskFileError
 from delia.generate.engine import EngineConfig
 from delia.generate.pipeline import run_script
 from delia.rng import hash_text
 from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, hash_messages
 from delia.store.candidates import Candidate, Cost, from_candidate_table, sum_cost
 from delia.store.tables import join, list_names, read_table, write_table
-from delia.store.tasks import TaskConfig, read_task
+from delia.store.tasks import TaskConfig, read_import
 from delia.synthesize.dialogue import Dialogue
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
+
+MALFORMED = "malformed"
+"""Why a row of a file that can't be read is not taken."""
 
 
 @dataclass(frozen=True, order=True)
@@ -152,23 +155,26 @@ def read_imported(source: str, file: TaskConfig, *, size: int) -> Iterator[Batch
 
     Of a task that has splits these are the train rows.
 
-    An imported row is known by its content: its id is the hash of source, licence and messages.
+    An imported row is known by its content: its id is the hash of source, licence and messages. One that can't
+    be read is a rejection, known by its index, with what is wrong and where as its text.
+
+    Raises:
+        TaskFileError: The file can't be read, or no row of it.
     """
     candidates: list[Candidate] = []
-    whole = file.model_copy(update={"dev_fraction": 0.0, "test_fraction": 0.0})
-    for index, item in enumerate(read_task(whole).rows_by_split["train"]):
-        row_id = hash_text(source, item.licence, hash_messages(item.messages))
-        if item.reference is None:
+    for index, item in enumerate(read_import(file)):
+        if isinstance(item, TaskFileError):
             candidates.append(
                 Rejection(
-                    row_id=row_id,
+                    row_id=hash_text(source, MALFORMED, str(index)),
                     index=index,
                     source=source,
-                    reason="no_answer",
-                    text=item.messages[-1].content[:MAX_REJECTED_TEXT],
+                    reason=MALFORMED,
+                    text=str(item)[:MAX_REJECTED_TEXT],
                 )
             )
         else:
+            row_id = hash_text(source, item.licence, hash_messages(item.messages))
             candidates.append(Row(row_id=row_id, index=index, source=source, messages=item.messages))
     for start in range(0, len(candidates), size):
         yield Batch(candidates=tuple(candidates[start : start + size]))
