@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from pydantic import ValidationError
 
+from delia.config import validate
+from delia.errors import ConfigError
 from delia.generate.engine import PROMPT_TOO_LONG, Engine, EngineConfig, Request, SamplingConfig, build_engine
 from delia.rng import derive_seed
 from delia.store.models import ModelConfig
@@ -145,3 +147,39 @@ def test_callers_at_the_same_time_get_what_each_would_get_alone(engine, requests
 def test_settings_of_no_engine_are_refused(settings):
     with pytest.raises(ValidationError, match=next(iter(settings))):
         EngineConfig(**settings)
+
+
+def make_engine_config(size: int, num_gpus: float, num_cpus: float) -> EngineConfig:
+    settings = {
+        "tensor_parallel_size": size,
+        "num_gpus_per_replica": num_gpus,
+        "num_cpus_per_replica": num_cpus,
+    }
+    return validate(EngineConfig, settings)
+
+
+@pytest.mark.parametrize(("size", "num_gpus"), [(1, 2.0), (2, 1.0), (4, 2.0), (2, 0.5), (1, 1.5)])
+def test_a_model_that_does_not_lie_on_all_gpus_of_its_replica_is_refused(size, num_gpus):
+    with pytest.raises(
+        ConfigError,
+        match="tensor_parallel_size is the number of a replica's GPUs.*"
+        f" it is {size} with num_gpus_per_replica={num_gpus:g}; change one of the two",
+    ):
+        make_engine_config(size, num_gpus, 8.0)
+
+
+def test_shards_that_would_share_a_cpu_are_refused_with_the_ways_out():
+    with pytest.raises(
+        ConfigError, match=r"it is 2 with num_cpus_per_replica=1; .* set num_gpus_per_replica=2, or take"
+    ):
+        make_engine_config(2, 0.0, 1.0)
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size'.* greater than 0, got 0"):
+        make_engine_config(0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_gpus", "num_cpus"),
+    [(1, 0.0, 1.0), (1, 0.0, 0.5), (2, 0.0, 2.0), (1, 0.5, 1.0), (1, 1.0, 1.0), (2, 2.0, 1.0)],
+)
+def test_a_shard_has_a_device_of_its_own(size, num_gpus, num_cpus):
+    assert make_engine_config(size, num_gpus, num_cpus).tensor_parallel_size == size

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -177,3 +181,45 @@ def test_a_rank_over_vllms_largest_is_refused_before_the_engine_starts():
 
     with pytest.raises(EngineError, match="LoRA rank 513 is over vLLM's largest, 512; merge"):
         VllmEngine(STARTER, config)
+
+
+# ---- what vLLM is started with
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Return a function of settings: what vLLM is given, options and environment, with none started."""
+
+    def start(**settings: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        given: dict[str, Any] = {}
+
+        def take(**options: Any) -> SimpleNamespace:
+            given.update(options)
+            return SimpleNamespace(llm_engine=None)
+
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=take))
+            others = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+            patch.setattr("os.environ", others)
+            VllmEngine(STARTER, EngineConfig(**settings))
+            return given, dict(os.environ)
+
+    return start
+
+
+def test_a_model_is_spread_over_the_gpus_of_its_replica_inside_its_node(start):
+    options, environment = start(num_gpus_per_replica=2, tensor_parallel_size=2, gpu_memory_utilization=0.7)
+
+    assert options["tensor_parallel_size"] == 2
+    assert options["distributed_executor_backend"] == "mp"
+    assert (options["gpu_memory_utilization"], options["enforce_eager"]) == (0.7, False)
+    assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment
+
+
+def test_a_model_on_one_device_stays_in_the_process_of_its_replica(start):
+    for num_gpus in (0.0, 0.5, 1.0):
+        options, environment = start(num_gpus_per_replica=num_gpus)
+        assert options["tensor_parallel_size"] == 1
+        assert "distributed_executor_backend" not in options
+        assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"

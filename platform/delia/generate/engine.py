@@ -6,9 +6,9 @@ so a prompt can't be tokenised twice (and get two BOS).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from delia.config import FrozenConfig
 from delia.store.models import ModelConfig
@@ -76,16 +76,17 @@ class EngineConfig(FrozenConfig):
 
     `max_concurrent_batches` of `batch_size` requests are in one engine at a time, so that it has work
     while the last answers of a batch come in. `lora_rank` is the largest rank that requests may bring,
-    None where none has an adapter. `max_quarantined` requests may be given up because the engine dies
-    of them; one more ends the job. Where no node is large enough for a replica, `node_wait_seconds` are left
-    for one to join.
+    None where none has an adapter. A model lies on all GPUs of its replica: `tensor_parallel_size` is their
+    number; without GPUs each shard is a process that needs a CPU. `max_quarantined` requests may be given up
+    because the engine dies of them; one more ends the job. Where no node is large enough for a replica,
+    `node_wait_seconds` are left for one to join.
     """
 
     kind: Literal["vllm", "scripted"] = "vllm"
     num_replicas: int = 1
     num_cpus_per_replica: float = 1.0
     num_gpus_per_replica: float = 0.0
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = Field(default=1, gt=0)
     max_model_len: int = 512
     max_num_seqs: int = 256
     batch_size: int = 256
@@ -97,6 +98,22 @@ class EngineConfig(FrozenConfig):
     gpu_memory_utilization: float = 0.9
     cpu_kv_cache_gib: int = 1
     scripted: ScriptedConfig = ScriptedConfig()
+
+    @model_validator(mode="after")
+    def _give_each_shard_a_device(self) -> Self:
+        size, num_gpus = self.tensor_parallel_size, self.num_gpus_per_replica
+        if num_gpus > 0 and size != max(1.0, num_gpus):
+            raise ValueError(
+                f"tensor_parallel_size is the number of a replica's GPUs, 1 on a part of one; it is {size} with"
+                f" num_gpus_per_replica={num_gpus:g}; change one of the two"
+            )
+        if num_gpus == 0 and size > max(1.0, self.num_cpus_per_replica):
+            raise ValueError(
+                "without GPUs each of tensor_parallel_size processes needs a CPU of the replica; it is"
+                f" {size} with num_cpus_per_replica={self.num_cpus_per_replica:g}; raise num_cpus_per_replica, set"
+                f" num_gpus_per_replica={size}, or take tensor_parallel_size=1"
+            )
+        return self
 
 
 class Engine(Protocol):

@@ -46,6 +46,32 @@ def set_engine_environment(config: EngineConfig) -> None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 
+def engine_options(config: EngineConfig) -> dict[str, Any]:
+    """Return what vLLM is started with, beside the model."""
+    on_gpu = config.num_gpus_per_replica > 0
+    options: dict[str, Any] = {
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "gpu_memory_utilization": config.gpu_memory_utilization if on_gpu else 0.9,
+        "enforce_eager": not on_gpu,
+        "disable_log_stats": True,
+        # vLLM 0.32 rewinds the generator of a seeded request after a partial prefill, which a CPU
+        # generator can't do: on CPU prompts are prefilled whole
+        "enable_chunked_prefill": on_gpu,
+    }
+    if config.tensor_parallel_size > 1:
+        # inside a placement group vLLM would take Ray's executor, and ask for GPUs that this replica holds
+        options["distributed_executor_backend"] = "mp"
+    if config.lora_rank is not None:
+        options |= {
+            "enable_lora": True,
+            "max_loras": config.max_loras,
+            "max_lora_rank": fit_rank(config.lora_rank),
+        }
+    return options
+
+
 @lru_cache
 def check_schema(schema: str) -> None:
     """Refuse a JSON schema of which no grammar can be made: vLLM finds out as it steps, and dies.
@@ -75,30 +101,13 @@ class VllmEngine:
         self._architecture = read_architecture(path)
         self._adapter_ids: dict[str, int] = {}
         self._adapters_lock = threading.Lock()
-        lora: dict[str, Any] = {}
-        if config.lora_rank is not None:
-            lora = {
-                "enable_lora": True,
-                "max_loras": config.max_loras,
-                "max_lora_rank": fit_rank(config.lora_rank),
-            }
-        on_gpu = config.num_gpus_per_replica > 0
         self._max_model_len = config.max_model_len
         self._numbers = itertools.count()
         self._inbox: SimpleQueue[_Batch] = SimpleQueue()
         self._llm = vllm.LLM(
             model=str(path),
             dtype=model.dtype,  # type: ignore[arg-type]  # checked by vLLM itself
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            tensor_parallel_size=config.tensor_parallel_size,
-            gpu_memory_utilization=config.gpu_memory_utilization if on_gpu else 0.9,
-            enforce_eager=not on_gpu,
-            disable_log_stats=True,
-            # vLLM 0.32 rewinds the generator of a seeded request after a partial prefill, which a CPU
-            # generator can't do: on CPU prompts are prefilled whole
-            enable_chunked_prefill=on_gpu,
-            **lora,
+            **engine_options(config),
         )
         threading.Thread(target=self._serve, name="vllm", daemon=True).start()
 
