@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from delia.errors import EngineError
 from delia.generate.engine import ENGINE_FAULT, EngineConfig, Request, SamplingConfig, build_engine
+from delia.generate.pipeline import answer_requests, run_script, to_blocks, to_completions
 from delia.generate.vllm_engine import VllmEngine
 from delia.store.adapters import AdapterTensors, write_adapter
 from delia.store.forms import SERVED_RANKS
@@ -223,3 +224,23 @@ def test_a_model_on_one_device_stays_in_the_process_of_its_replica(start):
         assert options["tensor_parallel_size"] == 1
         assert "distributed_executor_backend" not in options
         assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+@pytest.mark.system
+def test_a_model_in_two_shards_answers_as_it_does_in_one(cluster, tiny_base, requests, chat):
+    model = ModelConfig(path=str(tiny_base("Llama")))
+    answers = []
+    for size in (1, 2):
+        engine = EngineConfig(tensor_parallel_size=size, num_cpus_per_replica=size, max_model_len=96)
+        tables = run_script(
+            answer_requests,
+            to_blocks(requests[:8], engine.batch_size),
+            model=model,
+            engine=engine,
+            sampling=GREEDY,
+            end_ids=chat.end_ids,
+        )
+        answers.append([item.token_ids for table in tables for item in to_completions(table)])
+
+    assert any(len(ids) > 1 for ids in answers[0])
+    assert answers[0] == answers[1]
