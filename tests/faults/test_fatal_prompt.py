@@ -136,6 +136,7 @@ def build(space: Workspace, config: PoolConfig, engine: EngineConfig | None) -> 
     return build_pool(config, space, engine=engine, log=lambda metrics, step: None)
 
 
+@pytest.mark.system
 def test_a_pool_ends_whole_and_keeps_the_candidate_that_was_given_up_with_the_reason(
     cluster, local_stage, tmp_path
 ):
