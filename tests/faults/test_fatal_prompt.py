@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
+import pytest
 import ray
 
 from delia.config import MethodConfig
