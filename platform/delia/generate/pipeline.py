@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from delia.errors import DeliaError, EngineError
 from delia.generate.attempts import Ask, AttemptLog, CarefulEngine
@@ -202,15 +202,43 @@ def run_script(
     if not blocks:
         return
     wait_for_node(engine)
+    log_class: Any = ray.remote(AttemptLog)
+    attempts = log_class.options(num_cpus=0, max_restarts=-1).remote(max_quarantined=engine.max_quarantined)
+    arguments = (model, engine, sampling, tuple(end_ids), script, attempts)
+    tables: Any = _map_blocks(blocks, engine, arguments).iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=0
+    )
+    try:
+        skipped: set[str] = set()
+        for table in tables:
+            if table.num_rows:
+                yield table
+            if more := set(skip()) - skipped:
+                with suppress(RayActorError):  # a log that died with its node: a few blocks too many are begun
+                    call(attempts.skip, sorted(more))
+                skipped |= more
+    except RayTaskError as error:
+        if isinstance(error.cause, DeliaError):
+            raise error.cause from error
+        raise
+    except ActorDiedError as error:
+        reason = str(error).strip().rpartition("\n")[2]
+        raise EngineError(f"an engine could not start, or died for good: {reason}") from error
+    finally:
+        ray.kill(attempts)
+
+
+def _map_blocks(
+    blocks: Sequence[pa.Table], engine: EngineConfig, arguments: tuple[Any, ...]
+) -> ray.data.Dataset:
+    """Return the stage, not yet begun: every block on one of the replicas, each built with `arguments`."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
-    log_class: Any = ray.remote(AttemptLog)
-    attempts = log_class.options(num_cpus=0, max_restarts=-1).remote(max_quarantined=engine.max_quarantined)
     num_concurrent = engine.max_concurrent_batches
-    dataset = ray.data.from_arrow(list(blocks)).map_batches(
+    return ray.data.from_arrow(list(blocks)).map_batches(
         EngineActor,
-        fn_constructor_args=(model, engine, sampling, tuple(end_ids), script, attempts),
+        fn_constructor_args=arguments,
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
@@ -223,24 +251,6 @@ def run_script(
         num_gpus=engine.num_gpus_per_replica or None,
         runtime_env={"env_vars": worker_environment()},
     )
-    try:
-        skipped: set[str] = set()
-        tables: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-        for table in tables:
-            if table.num_rows:
-                yield table
-            if more := set(skip()) - skipped:
-                call(attempts.skip, sorted(more))
-                skipped |= more
-    except RayTaskError as error:
-        if isinstance(error.cause, DeliaError):
-            raise error.cause from error
-        raise
-    except ActorDiedError as error:
-        reason = str(error).strip().rpartition("\n")[2]
-        raise EngineError(f"an engine could not start, or died for good: {reason}") from error
-    finally:
-        ray.kill(attempts)
 
 
 def to_completions(table: pa.Table) -> list[Completion]:
