@@ -214,7 +214,9 @@ def run_script(
             if table.num_rows:
                 yield table
             if more := set(skip()) - skipped:
-                with suppress(RayActorError):  # a log that died with its node: a few blocks too many are begun
+                with suppress(
+                    RayActorError
+                ):  # a log that died with its node: a few blocks too many are begun
                     call(attempts.skip, sorted(more))
                 skipped |= more
     except RayTaskError as error:
