@@ -48,12 +48,12 @@ class LocalStage:
         engine: Any,
         sampling: Any,
         end_ids: Sequence[int],
-        skip: Callable[[], Collection[str]] = tuple,
+        skip: Collection[str] = (),
     ) -> Iterator[Any]:
         import pyarrow as pa  # late, as all of this platform: an import of `delia` may be under test
 
         from delia.generate.engine import build_engine
-        from delia.generate.pipeline import ENGINE_SECONDS
+        from delia.generate.pipeline import ENGINE_SECONDS, SOURCE
         from delia.rng import make_random
 
         sent = pickle.loads(pickle.dumps(script))  # as to an actor
@@ -67,7 +67,7 @@ class LocalStage:
         if self.order_seed is not None:
             make_random(self.order_seed).shuffle(ordered)
         for block in ordered:
-            if "source" in block.column_names and block["source"][0].as_py() in skip():
+            if SOURCE in block.column_names and block[SOURCE][0].as_py() in skip:
                 continue
             table = sent(block, ask)
             yield table.append_column(ENGINE_SECONDS, pa.array([0.5] * table.num_rows, pa.float64()))
@@ -95,6 +95,22 @@ def local_stage(monkeypatch: pytest.MonkeyPatch, local_acceptance: None) -> Call
         return stage
 
     return put
+
+
+@pytest.fixture
+def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of an object store that code finds by the environment; its buckets stay until this process ends."""
+    import boto3  # late, as all of these
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"ENDPOINT_URL": f"http://{host}:{port}", "DEFAULT_REGION": "us-east-1"}
+    for name, value in (settings | {"ACCESS_KEY_ID": "none", "SECRET_ACCESS_KEY": "none"}).items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    yield boto3.client("s3")
+    server.stop()
 
 
 SHAPES = ("llama", "qwen2", "qwen3", "gemma2", "mistral")

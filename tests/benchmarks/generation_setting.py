@@ -76,9 +76,8 @@ def accept_questions(num_prompts: int, space: Workspace, folder: Path) -> list[s
 
 def count_accepted(questions: Sequence[str], answers: Answers, space: Workspace) -> int:
     """Return the unique rows that the rules accept of a peer's answers."""
-    curator = open_curation(CURATE, space, num_rows={"answers": len(questions)}, eval_rows=()).curators[
-        "answers"
-    ]
+    curation = open_curation(CURATE, space, num_rows={"answers": len(questions)}, eval_rows=())
+    curator = curation.curators["answers"]
     given = zip(questions, answers.texts, answers.finish_reasons, strict=True)
     curator.feed(
         Row(

@@ -1,12 +1,10 @@
 """A pool in a bucket: the one that a disk has, resumed alike, and a chunk that was cut is refused alike."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from delia.errors import StoreError
 from delia.flow.workspace import Workspace
@@ -16,20 +14,11 @@ BUCKET = "pools"
 
 
 @pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A bucket that counts the versions of an object; this process finds its server by the environment."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
-    client.create_bucket(Bucket=BUCKET)
-    client.put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Enabled"})
-    yield client
-    server.stop()
+def client(object_store: Any) -> Any:
+    """A client of a bucket that counts the versions of an object."""
+    object_store.create_bucket(Bucket=BUCKET)
+    object_store.put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Enabled"})
+    return object_store
 
 
 @pytest.fixture

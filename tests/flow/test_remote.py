@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from delia.errors import ConfigError
 from delia.flow.promotion import PromoteConfig, promote_version
@@ -19,35 +17,14 @@ from delia.track.registry import fetch_adapter
 from delia.track.runs import TrackConfig, Tracker
 
 
-@pytest.fixture
-def endpoint():
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-def test_a_bucket_holds_checkpoints_adapter_and_scores(endpoint, small_task, tmp_path):
+def test_a_bucket_holds_checkpoints_adapter_and_scores(object_store, small_task, tmp_path):
     digest = digest_task(small_task.rows_by_split, small_task.tokens, small_task.long_instruction)
     object.__setattr__(small_task, "digest", digest)
     write_task(str(tmp_path / "task"), small_task)
-    secrets = {
-        "AWS_ACCESS_KEY_ID": "none",
-        "AWS_SECRET_ACCESS_KEY": "none",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
     store = f"sqlite:///{tmp_path}/mlflow.db"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {**secrets, "AWS_ENDPOINT_URL": endpoint, "MLFLOW_TRACKING_URI": store}
-    client = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="none",
-        aws_secret_access_key="none",
-    )
-    client.create_bucket(Bucket="bucket")
+    environment |= {"MLFLOW_TRACKING_URI": store}
+    object_store.create_bucket(Bucket="bucket")
     driver = Path(__file__).with_name("remote_driver.py")
     (tmp_path / "cwd").mkdir()
     done = subprocess.run(
@@ -64,7 +41,7 @@ def test_a_bucket_holds_checkpoints_adapter_and_scores(endpoint, small_task, tmp
     assert left["steps"] == [1, 2]
     assert left["scored"]
     assert left["rows"] == {"base": 8, "adapter": 8}
-    keys = [item["Key"] for item in client.list_objects_v2(Bucket="bucket")["Contents"]]
+    keys = [item["Key"] for item in object_store.list_objects_v2(Bucket="bucket")["Contents"]]
     assert {key.split("/")[1] for key in keys if key != "runs/"} == {"adapters", "checkpoints", "evals"}
     assert list((tmp_path / "cwd").iterdir()) == []
 

@@ -3,9 +3,7 @@
 import json
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from delia.errors import EngineError
 from delia.evaluate.harness import EvaluateConfig
@@ -83,27 +81,14 @@ def test_an_adapter_that_nothing_serves_is_refused_before_an_engine_starts(tiny_
 
 
 def test_in_a_bucket_a_served_base_is_whole_and_fetched_by_those_who_load_it(
-    tiny_base, tiny_adapter, monkeypatch
+    tiny_base, tiny_adapter, object_store
 ):
     base = tiny_base("Qwen2", is_sharded=True)
     address = tiny_adapter(base)
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ACCESS_KEY_ID": "none",
-        "AWS_SECRET_ACCESS_KEY": "none",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in {**settings, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
-        monkeypatch.setenv(name, value)
-    try:
-        boto3.client("s3").create_bucket(Bucket="served")
-        materialise("patched_base", ModelConfig(path=str(base)), str(address), "s3://served/runs/one")
-        model = resolve_model(ModelConfig(path="s3://served/runs/one/base"))
-        adapter = fetch_adapter("s3://served/runs/one/adapter")
-    finally:
-        server.stop()
+    object_store.create_bucket(Bucket="served")
+    materialise("patched_base", ModelConfig(path=str(base)), str(address), "s3://served/runs/one")
+    model = resolve_model(ModelConfig(path="s3://served/runs/one/base"))
+    adapter = fetch_adapter("s3://served/runs/one/adapter")
     assert not any(file.is_symlink() for file in model.iterdir())
     shards = set(json.loads((model / "model.safetensors.index.json").read_text())["weight_map"].values())
     changed = [file for file in shards if (model / file).read_bytes() != (base / file).read_bytes()]

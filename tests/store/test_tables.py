@@ -2,10 +2,8 @@
 
 import json
 
-import boto3
 import pyarrow as pa
 import pytest
-from moto.server import ThreadedMotoServer
 
 from delia.errors import StoreError
 from delia.store.tables import (
@@ -33,22 +31,12 @@ MADE = Manifest(kind="pool", fingerprint="f" * 16, root="ab", counts={"accepted"
 
 
 @pytest.fixture(params=["path", "file", "s3"])
-def address(request, tmp_path, monkeypatch):
+def address(request, tmp_path):
     """A directory that does not exist yet: a path, a file URI and an object store's URI."""
     if request.param != "s3":
-        yield str(tmp_path / "new" / "run") if request.param == "path" else (tmp_path / "new/run").as_uri()
-        return
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
-    endpoint = f"http://{host}:{port}"
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="bucket")
-    yield f"s3://bucket/{tmp_path.name}/run"  # what is in a bucket outlives its server
-    server.stop()
+        return str(tmp_path / "new" / "run") if request.param == "path" else (tmp_path / "new/run").as_uri()
+    request.getfixturevalue("object_store").create_bucket(Bucket="bucket")
+    return f"s3://bucket/{tmp_path.name}/run"  # what is in a bucket outlives its server
 
 
 def test_what_is_written_is_read_back_from_any_storage(address):

@@ -3,11 +3,9 @@
 import dataclasses
 import tempfile
 
-import pyarrow.fs as pafs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 
 from delia.errors import TaskFileError
 from delia.schema import SPLITS, Message, SeedTask, Task
@@ -37,28 +35,17 @@ def make_task(*, tokens=(), long_instruction="", **rows_by_split):
     )
 
 
-def test_a_task_is_written_to_and_read_from_an_object_store(monkeypatch):
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "unused")
-        monkeypatch.setenv("AWS_REGION", "us-east-1")
-        filesystem, bucket = pafs.FileSystem.from_uri("s3://tasks?allow_bucket_creation=true")
-        filesystem.create_dir(bucket)
-        task = make_task(train=[make_row("a")], dev=[make_row("b")])
+def test_a_task_is_written_to_and_read_from_an_object_store(object_store):
+    object_store.create_bucket(Bucket="tasks")
+    task = make_task(train=[make_row("a")], dev=[make_row("b")])
 
-        write_task("s3://tasks/x/sums", make_task(train=[make_row("old")], test=[make_row("older")]))
-        write_task("s3://tasks/x/sums", task)
+    write_task("s3://tasks/x/sums", make_task(train=[make_row("old")], test=[make_row("older")]))
+    write_task("s3://tasks/x/sums", task)
 
-        assert read("s3://tasks/x/sums") == task
-        assert prompts(read("s3://tasks/x/sums/dev.jsonl", dev_fraction=0, test_fraction=0), "train") == ["b"]
-        with pytest.raises(TaskFileError, match=r"^s3://tasks/x/gone\.jsonl: no such file or directory"):
-            read("s3://tasks/x/gone.jsonl")
-    finally:
-        server.stop()
+    assert read("s3://tasks/x/sums") == task
+    assert prompts(read("s3://tasks/x/sums/dev.jsonl", dev_fraction=0, test_fraction=0), "train") == ["b"]
+    with pytest.raises(TaskFileError, match=r"^s3://tasks/x/gone\.jsonl: no such file or directory"):
+        read("s3://tasks/x/gone.jsonl")
 
 
 def test_the_digest_covers_every_field_of_every_row_and_their_order(tmp_path):

@@ -4,9 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from delia.store.tables import exists, join, read_bytes, upload_directory, write_bytes
 from delia.train.checkpoints import find_damage, read_sealed_step, seal_checkpoint
@@ -84,22 +82,12 @@ def test_a_note_of_the_workers_that_is_not_one_is_damage(make_sealed, text):
 
 
 @pytest.fixture(params=["path", "s3"])
-def address(request, tmp_path, monkeypatch):
+def address(request, tmp_path):
     """The directory of a run, on a disk or in an object store."""
     if request.param == "path":
-        yield str(tmp_path / "storage" / "run")
-        return
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="bucket")
-    yield f"s3://bucket/{tmp_path.name}/run"
-    server.stop()
+        return str(tmp_path / "storage" / "run")
+    request.getfixturevalue("object_store").create_bucket(Bucket="bucket")
+    return f"s3://bucket/{tmp_path.name}/run"
 
 
 def test_a_list_that_was_cut_is_made_anew_by_step_and_what_is_not_sealed_comes_first(

@@ -7,14 +7,13 @@ from delia.generate.engine import EngineConfig
 from delia.store.candidates import Cost
 
 LOGGED = (
-    "synthesize/engine_seconds",
     "synthesize/device_seconds",
     "synthesize/prompt_tokens_per_row",
     "synthesize/output_tokens_per_row",
     "synthesize/engine_seconds_per_row",
     "synthesize/device_seconds_per_row",
 )
-"""Logged at the pool's end; tokens were logged as they were spent."""
+"""Logged at the pool's end; tokens and the engine's seconds were logged as they were spent."""
 
 
 def account(cost: Cost, num_rows: int, engine: EngineConfig | None) -> dict[str, float]:

@@ -33,7 +33,7 @@ MAX_DEATHS_IN_A_ROW = 24
 
 
 class AttemptLog:
-    """Counts begun and unended attempts by key; an actor of the cluster, not of a replica."""
+    """Counts begun and unended attempts by key; knows what is not wanted. An actor of the cluster, not of a replica."""
 
     def __init__(self, *, max_quarantined: int) -> None:
         """Start with nothing begun."""

@@ -45,18 +45,20 @@ def wait_for_node(config: EngineConfig) -> None:
         remove_placement_group(demand)
 
 
+def _list_resources() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _has_node(wanted: dict[str, float]) -> bool:
     return any(
-        all(node["Resources"].get(name, 0.0) >= amount for name, amount in wanted.items())
-        for node in ray.nodes()
-        if node["Alive"]
+        all(offered.get(name, 0.0) >= amount for name, amount in wanted.items())
+        for offered in _list_resources()
     )
 
 
 def _describe_nodes() -> str:
     sizes = {
-        f"{node['Resources'].get('CPU', 0.0):g} CPUs and {node['Resources'].get('GPU', 0.0):g} GPUs"
-        for node in ray.nodes()
-        if node["Alive"]
+        f"{offered.get('CPU', 0.0):g} CPUs and {offered.get('GPU', 0.0):g} GPUs"
+        for offered in _list_resources()
     }
     return "; ".join(sorted(sizes))

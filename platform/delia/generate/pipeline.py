@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
@@ -179,7 +179,7 @@ def run_script(
     engine: EngineConfig,
     sampling: SamplingConfig,
     end_ids: Sequence[int],
-    skip: Callable[[], Collection[str]] = tuple,
+    skip: Collection[str] = (),
 ) -> Generator[pa.Table, None, None]:
     """Run a script on every block, each on one of the replicas; yield results as blocks are done.
 
@@ -192,7 +192,7 @@ def run_script(
         engine: Kind and number of replicas.
         sampling: How tokens are drawn where a request does not say.
         end_ids: Tokens that end an answer.
-        skip: Asked after each result: the sources whose blocks need not be begun any more.
+        skip: Sources whose blocks need not be begun any more; the reader may add to them after each result.
 
     Raises:
         EngineError: No node can hold an engine, one can't start, fails on everything, or refuses an adapter that it
@@ -213,12 +213,10 @@ def run_script(
         for table in tables:
             if table.num_rows:
                 yield table
-            if more := set(skip()) - skipped:
-                with suppress(
-                    RayActorError
-                ):  # a log that died with its node: a few blocks too many are begun
-                    call(attempts.skip, sorted(more))
+            if more := set(skip) - skipped:
                 skipped |= more
+                with suppress(RayActorError):  # its node died: some blocks too many are begun
+                    call(attempts.skip, sorted(more))
     except RayTaskError as error:
         if isinstance(error.cause, DeliaError):
             raise error.cause from error

@@ -141,7 +141,7 @@ def synthesize(
         engine=engine,
         sampling=dialogue.sampling,
         end_ids=dialogue.part(names[0])[1].chat.end_ids,
-        skip=lambda: ended,
+        skip=ended,
     )
     with closing(tables):  # an error's traceback would keep them, and their engines
         for table in tables:

@@ -7,6 +7,7 @@ The checkpoints lie beside it, each with a note of its step.
 import json
 import logging
 import re
+from contextlib import suppress
 
 import ray
 
@@ -32,12 +33,10 @@ def mend_snapshot(address: str) -> None:
     place = join(address, SNAPSHOT)
     if not exists(place):
         return
-    try:
+    with suppress(ValueError):
         json.loads(read_bytes(place))
-    except ValueError:
-        names = [name for name in list_names(address) if _CHECKPOINT.match(name)]
-    else:
         return
+    names = [name for name in list_names(address) if _CHECKPOINT.match(name)]
     found = sorted((read_sealed_step(join(address, name))[0], name) for name in names)
     if not found:
         logger.warning(
