@@ -101,8 +101,8 @@ def describe_gpu_training(num_runs: int = NUM_RUNS) -> str:
         f" own matrices, {rate / 1e12:.0f} TFLOP/s; attention and LoRA are not counted, the head is for all tokens. TRL is at the"
         f" best of {len(PEER_SETTINGS)} settings, with torch's own attention: flash-attn is not installed.",
         "",
-        "| | tokens/s | trained tokens/s | ratio | MFU | peak memory GB | final loss |",
-        "|---|---|---|---|---|---|---|",
+        "| | tokens/s | trained tokens/s | ratio | MFU | peak memory GB | first loss | final loss |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join(
         [

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/training_peer.py MODEL FOLDER SETTING     one run, SETTING and the answer as JSON
 
-Rows have a vocabulary of 32,000, log-normal lengths of mean 400, and half of their tokens trained.
+Rows have a vocabulary of 32,000, log-normal lengths of mean 400, and half of their tokens trained; both train on them in
+one order, so that not packed their losses are of the same rows.
 """
 
 import json
@@ -28,12 +29,13 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One run: all and trained tokens a second, peak bytes, the last step's loss."""
+    """One run: all and trained tokens a second, peak bytes, the first and the last step's loss."""
 
     name: str
     tokens_per_second: float
     trained_per_second: float
     peak_bytes: float
+    first_loss: float
     loss: float
 
 
@@ -75,6 +77,17 @@ def make_rows(num_rows: int = 200) -> list[tuple[list[int], list[bool]]]:
     return [
         (rng.integers(3, VOCABULARY, n).tolist(), [place >= n // 2 for place in range(n)]) for n in lengths
     ]
+
+
+def order_rows(num_rows: int, *, rows_a_step: int) -> list[int]:
+    """Return the rows of one epoch in the order in which the loop here trains on them."""
+    from delia.train.order import BatchOrder
+    from delia.train.settings import TrainConfig
+
+    seed = TrainConfig.model_fields["seed"].default
+    order = BatchOrder([True] * num_rows, chosen=range(num_rows), batch_size=rows_a_step, seed=seed)
+    steps = range(-(-num_rows // rows_a_step))
+    return [row for step in steps for row in order.batch(step)][:num_rows]
 
 
 def run_peer(
@@ -124,7 +137,8 @@ def train_with_trl(
     from delia.starter.tokenizer import build_tokenizer
 
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": []}
-    for ids, mask in make_rows(num_rows):
+    rows = make_rows(num_rows)
+    for ids, mask in (rows[place] for place in order_rows(num_rows, rows_a_step=rows_a_step)):
         columns["input_ids"].append(ids)
         columns["labels"].append([token if flag else -100 for token, flag in zip(ids, mask, strict=True)])
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -147,6 +161,7 @@ def train_with_trl(
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             shuffle_dataset=False,
+            train_sampling_strategy="sequential",
             dataset_kwargs={"skip_prepare_dataset": not setting.packing},
         ),
         train_dataset=Dataset.from_dict(columns),
@@ -168,6 +183,7 @@ def train_with_trl(
         tokens_per_second=sum(tokens for tokens, _ in counts[passes:]) / seconds,
         trained_per_second=sum(trained for _, trained in counts[passes:]) / seconds,
         peak_bytes=float(torch.cuda.max_memory_allocated()) if on_gpu else resident,
+        first_loss=losses[0],
         loss=losses[-1],
     )
 
