@@ -1,6 +1,6 @@
 """This pipeline on the prompts of the benchmark, watched: when and where each block of prompts was answered.
 
-questions --build_pool, the default rules of curation--> a written pool
+questions --build_pool, the default rules of curation, or every one--> a written pool
 blocks of two replicas --> the share of the run in which replicas had nothing left to do
 """
 
@@ -8,21 +8,23 @@ import os
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pyarrow as pa
-from generation_setting import CURATE, SAMPLING, give_source
+from generation_setting import CURATE, SAMPLING, STRICT, give_source
 
 from delia.config import MethodConfig
+from delia.curate.stopping import StopConfig
 from delia.errors import PoolError
 from delia.flow.pool import PoolConfig, build_pool
 from delia.flow.workspace import Workspace
 from delia.generate.attempts import Ask
 from delia.generate.engine import Completion, EngineConfig, Request
 from delia.generate.pipeline import Script, run_script
+from delia.schema import Message, SeedTask
 from delia.synthesize import pipeline
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
@@ -108,15 +110,20 @@ class PipelineRun:
 
 def plan_pool(questions: Path, *, num_prompts: int, num_rows: int) -> PoolConfig:
     """Return a pool of the first questions of a file and `num_rows` accepted answers to them, the default rules on."""
-    answers = SourceConfig(
+    answers = answer_source(num_prompts, num_rows=num_rows, feeds_on=("given",))
+    sources = (give_source(questions, num_prompts), answers)
+    return PoolConfig(synthesize=SynthesizeConfig(sources=sources, sampling=SAMPLING), curate=CURATE)
+
+
+def answer_source(num_prompts: int, *, num_rows: int, feeds_on: tuple[str, ...] = ()) -> SourceConfig:
+    """Return the source that answers the questions of another, or the task's."""
+    return SourceConfig(
         name="answers",
         synthesizer=MethodConfig(method="delia.methods.synthesizer.answering.Answering"),
-        feeds_on=("given",),
+        feeds_on=feeds_on,
         num_rows=num_rows,
         max_candidates=num_prompts,
     )
-    sources = (give_source(questions, num_prompts), answers)
-    return PoolConfig(synthesize=SynthesizeConfig(sources=sources, sampling=SAMPLING), curate=CURATE)
 
 
 def run_pipeline(
@@ -128,12 +135,40 @@ def run_pipeline(
     from there.
     """
     config = plan_pool(questions, num_prompts=num_prompts, num_rows=num_rows)
+    return _time_pool(config, space, engine=engine, num_given=num_prompts)
+
+
+def run_strict_pipeline(
+    questions: Sequence[str], space: Workspace, *, num_tokens: int, engine: EngineConfig
+) -> PipelineRun:
+    """Build a pool of answers to the train rows of a task, every rule of curation on, until tokens are spent.
+
+    A pool's rules hold for all of its sources, and hours would pass until questions had passed these: they are
+    the task's rows, which no rule looks at before they are answered.
+    """
+    reference = Message(role="assistant", content="-")
+    rows = tuple(
+        SeedTask(task_id=str(place), messages=(Message(role="user", content=text), reference))
+        for place, text in enumerate(questions)
+    )
+    task = replace(space.task, digest="questions", rows_by_split={**space.task.rows_by_split, "train": rows})
+    config = PoolConfig(
+        synthesize=SynthesizeConfig(
+            sources=(answer_source(len(rows), num_rows=len(rows)),), sampling=SAMPLING
+        ),
+        curate=STRICT,
+        stop=StopConfig(max_output_tokens=num_tokens),
+    )
+    return _time_pool(config, replace(space, task=task), engine=engine, num_given=0)
+
+
+def _time_pool(config: PoolConfig, space: Workspace, *, engine: EngineConfig, num_given: int) -> PipelineRun:
     watch = Watch()
     with patch.object(pipeline, "run_script", watch):
         pool = build_pool(config, space, engine=engine, log=lambda metrics, step: None)
     ended = time.monotonic()
     began = min(block.began for block in watch.blocks)
-    num_accepted = pool.manifest.counts["accepted"] - num_prompts
+    num_accepted = pool.manifest.counts["accepted"] - num_given
     return PipelineRun(began - watch.called, ended - began, num_accepted, watch.blocks)
 
 
