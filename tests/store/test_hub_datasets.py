@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from delia.errors import TaskFileError
-from delia.store.tasks import TaskConfig, read_task
-from delia.synthesize.pipeline import read_imported
+from delia.store.tasks import TaskConfig, read_import, read_task
+from delia.synthesize.pipeline import batch_imported
 
 COMMIT = "1" * 40
 NAME = "org/name"
@@ -143,7 +143,7 @@ def test_one_file_of_a_dataset_is_read_alone(hub):
 def test_its_rows_are_a_source_of_a_pool(hub):
     write_shard(hub.folder, "data/train-00000-of-00001.parquet", "the fox", "the owl", "the cat")
     config = TaskConfig(path=f"hf://datasets/{NAME}@{COMMIT}", licence="MIT")
-    batches = list(read_imported("file", config, size=2))
+    batches = list(batch_imported("file", read_import(config), size=2))
     assert [len(batch.candidates) for batch in batches] == [2, 1]
 
 

@@ -12,7 +12,7 @@ the stop rule: neither replicas, nor the order of chunks, nor restarts change it
 
 import logging
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 
 from delia.config import FrozenConfig, fingerprint
@@ -27,7 +27,15 @@ from delia.schema import SeedTask
 from delia.store.pools import Pool, read_pool
 from delia.store.tables import is_finished, leave_mark
 from delia.synthesize.dialogue import Dialogue
-from delia.synthesize.pipeline import StoredChunk, plan_rounds, read_imported, synthesize
+from delia.synthesize.pipeline import (
+    Imported,
+    StoredChunk,
+    batch_imported,
+    digest_imported,
+    plan_rounds,
+    read_imports,
+    synthesize,
+)
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 logger = logging.getLogger(__name__)
@@ -50,14 +58,21 @@ def pool_fingerprint(config: PoolConfig, space: Workspace) -> str:
     """Return the name of the pool: everything that decides its rows, nothing that does not.
 
     Raises:
-        TaskFileError: See `read_eval_rows`.
+        TaskFileError: See `read_eval_rows` and `read_imports`.
     """
-    return _name_pool(config, space, read_eval_rows(config.curate.decontaminate))
+    return _name_pool(
+        config, space, read_eval_rows(config.curate.decontaminate), read_imports(config.synthesize)
+    )
 
 
-def _name_pool(config: PoolConfig, space: Workspace, eval_rows: Sequence[SeedTask]) -> str:
-    """Return the name of the pool; of the sets of `decontaminate` what they hold counts, not where they lie."""
+def _name_pool(
+    config: PoolConfig, space: Workspace, eval_rows: Sequence[SeedTask], imports: Mapping[str, Imported]
+) -> str:
+    """Return the name of the pool; of files and sets of rows what they hold counts, not where they lie."""
     settings = config.model_dump(mode="json", exclude={"curate": {"decontaminate"}})
+    for source in settings["synthesize"]["sources"]:
+        if source["name"] in imports:
+            source["rows"] = digest_imported(imports[source["name"]])
     digests = [digest_prompts(eval_rows)] if eval_rows else []
     return fingerprint(settings, space.model_id, space.chat.template_hash, space.task.digest, *digests)
 
@@ -85,10 +100,11 @@ def build_pool(
         ConfigError: The engine admits fewer ids than `max_length`, or a rule of `curate` names nothing.
         EngineError: No engine can start, or it fails on everything.
         StoreError: `output_dir` can't be written or is not shared by all nodes, or a stored chunk was damaged.
-        TaskFileError: A set of `curate.decontaminate` is missing or malformed.
+        TaskFileError: A set of `curate.decontaminate` is missing or malformed, or a source's file can't be read.
     """
     eval_rows = read_eval_rows(config.curate.decontaminate)
-    name = _name_pool(config, space, eval_rows)
+    imports = read_imports(config.synthesize)  # once: what names the pool is what goes into it
+    name = _name_pool(config, space, eval_rows, imports)
     address = space.address("pools", name)
     if is_finished(address):
         return read_pool(address)
@@ -103,6 +119,7 @@ def build_pool(
                 space,
                 name,
                 eval_rows=eval_rows,
+                imports=imports,
                 engine=engine,
                 log=forward,
                 allowed_modules=allowed_modules,
@@ -127,6 +144,7 @@ def _make_pool(
     name: str,
     *,
     eval_rows: Sequence[SeedTask],
+    imports: Mapping[str, Imported],
     engine: EngineConfig | None,
     log: LogMetrics,
     allowed_modules: tuple[str, ...],
@@ -147,8 +165,8 @@ def _make_pool(
         for sources in plan_rounds(config.synthesize):
             acceptance.open([source.name for source in sources])
             for source in sources:
-                if source.rows is not None:
-                    for batch in read_imported(source.name, source.rows, size=size):
+                if source.name in imports:
+                    for batch in batch_imported(source.name, imports[source.name], size=size):
                         progress = acceptance.take_imported(source.name, batch)
                         log(progress.to_metrics(), progress.num_seen)
                     acceptance.check_supply(source.name)

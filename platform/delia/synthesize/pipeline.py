@@ -18,15 +18,18 @@ from delia.errors import StoreError, TaskFileError
 from delia.generate.engine import EngineConfig
 from delia.generate.pipeline import run_script
 from delia.rng import hash_text
-from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, hash_messages
+from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, SeedTask, hash_messages
 from delia.store.candidates import Candidate, Cost, from_candidate_table, sum_cost
 from delia.store.tables import join, list_names, read_table, write_table
-from delia.store.tasks import TaskConfig, read_import
+from delia.store.tasks import read_import
 from delia.synthesize.dialogue import Dialogue
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 MALFORMED = "malformed"
 """Why a row of a file that can't be read is not taken."""
+
+Imported = Sequence[SeedTask | TaskFileError]
+"""The rows of a file in its order, and in the place of a malformed one what is wrong with it."""
 
 
 @dataclass(frozen=True, order=True)
@@ -150,19 +153,35 @@ def synthesize(
             yield from ready.add(chunk)
 
 
-def read_imported(source: str, file: TaskConfig, *, size: int) -> Iterator[Batch]:
-    """Yield all rows of a source that is a file, in the file's order; they cost nothing.
+def read_imports(config: SynthesizeConfig) -> dict[str, Imported]:
+    """Read the sources that are files, by their names; of a task that has splits the train rows.
 
-    Of a task that has splits these are the train rows.
+    Raises:
+        TaskFileError: A file can't be read, or no row of it.
+    """
+    return {source.name: read_import(source.rows) for source in config.sources if source.rows is not None}
+
+
+def digest_imported(items: Imported) -> str:
+    """Return the hash of all that a source takes of its file: rows in their order, and where one is malformed."""
+    return hash_text(
+        *(
+            MALFORMED
+            if isinstance(item, TaskFileError)
+            else hash_text(item.licence, hash_messages(item.messages))
+            for item in items
+        )
+    )
+
+
+def batch_imported(source: str, items: Imported, *, size: int) -> Iterator[Batch]:
+    """Yield all rows of a source that is a file, in the file's order; they cost nothing.
 
     An imported row is known by its content: its id is the hash of source, licence and messages. One that can't
     be read is a rejection, known by its index, with what is wrong and where as its text.
-
-    Raises:
-        TaskFileError: The file can't be read, or no row of it.
     """
     candidates: list[Candidate] = []
-    for index, item in enumerate(read_import(file)):
+    for index, item in enumerate(items):
         if isinstance(item, TaskFileError):
             candidates.append(
                 Rejection(
