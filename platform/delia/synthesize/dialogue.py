@@ -4,14 +4,14 @@
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
 from delia.chat import ChatEncoder, load_chat
 from delia.config import build_method, fingerprint
-from delia.errors import ConfigError, PoolError
+from delia.errors import ChatError, ConfigError, PoolError
 from delia.generate.attempts import Ask
 from delia.generate.engine import FAULTS, PROMPT_TOO_LONG, Completion, Request, SamplingConfig
 from delia.rng import hash_text
@@ -26,6 +26,9 @@ _ONE_THREAD = threading.Lock()
 
 MAX_TURNS = 16
 """No method needs more; one that never closes a candidate would run for ever."""
+
+UNRENDERABLE = "unrenderable"
+"""Why a candidate is not asked further: the chat template can't write what it would ask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,23 @@ class Dialogue:
         )
         return build_method(source.synthesizer, allowed_modules=self.allowed_modules), context
 
+    def check_opening(self, source: str, indices: Iterable[int]) -> None:
+        """Hold that some candidate of a source can be asked for: what the template refuses of all is a setting's fault.
+
+        Raises:
+            ChatError: None can, with the first reason.
+        """
+        method, context = self.part(source)
+        refused: ChatError | None = None
+        for index in indices:
+            try:
+                if not isinstance(method(context, index, ()), Rejection):
+                    return
+            except ChatError as error:
+                refused = refused or error
+        if refused is not None:
+            raise ChatError(f"source {source!r}: no candidate of it can be asked for: {refused}") from refused
+
     def __call__(self, block: pa.Table, ask: Ask) -> pa.Table:
         """Make the candidates of one chunk.
 
@@ -110,9 +130,7 @@ class Dialogue:
             with _ONE_THREAD:
                 for index in indices:
                     if index not in closed:
-                        step = method(context, index, said[index])
-                        if isinstance(step, Request):
-                            step = self._fit(context, index, step)
+                        step = self._step(method, context, index, said[index])
                         if isinstance(step, Request):
                             requests[index] = step
                         else:
@@ -128,6 +146,16 @@ class Dialogue:
             f"source {chunk['source']!r}: {type(method).__name__} asked for more than {MAX_TURNS} turns of one"
             " candidate; a method must close its candidates"
         )
+
+    def _step(
+        self, method: Synthesizer, context: SynthesisContext, index: int, said: list[Completion]
+    ) -> Request | Candidate:
+        """Take a candidate one turn further; a chat that the template refuses costs this candidate alone."""
+        try:
+            step = method(context, index, said)
+        except ChatError as error:
+            return context.reject(index, UNRENDERABLE, str(error), said)
+        return self._fit(context, index, step) if isinstance(step, Request) else step
 
     def _fit(self, context: SynthesisContext, index: int, request: Request) -> Request | Rejection:
         """Bound an answer by the room that its prompt leaves, or reject a prompt that leaves none."""

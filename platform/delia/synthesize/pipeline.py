@@ -122,6 +122,9 @@ def synthesize(
         engine: How the model is served; changes no text. None yields what is stored and generates nothing.
         address: Directory of all candidates; a recipe's finished chunks lie in a folder of their own.
         ended: Sources that need no more, which the reader adds to: their chunks are no longer yielded, nor begun.
+
+    Raises:
+        ChatError: The template can write no candidate of a source.
     """
     names = [source.name for source in dialogue.sources]
     folders = {name: join(address, dialogue.part(name)[1].recipe) for name in names}
@@ -136,6 +139,8 @@ def synthesize(
     missing = [
         chunk for chunk in chunks if (chunk.source, chunk.name) not in finished and chunk.source not in ended
     ]
+    for name in dict.fromkeys(chunk.source for chunk in missing):
+        dialogue.check_opening(name, (i for c in chunks if c.source == name for i in range(c.start, c.stop)))
     by_start = {(chunk.source, chunk.start): chunk for chunk in missing}
     tables = run_script(
         dialogue,

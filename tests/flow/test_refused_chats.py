@@ -1,0 +1,118 @@
+"""Chats that the template refuses: one candidate's is a rejection with its reason, every candidate's ends the job."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from delia.config import MethodConfig
+from delia.curate.pipeline import CurateConfig
+from delia.errors import ChatError
+from delia.flow.pool import PoolConfig
+from delia.flow.workspace import Workspace, open_workspace
+from delia.generate.engine import SamplingConfig
+from delia.recipes.starter import STARTER
+from delia.schema import MAX_REJECTED_TEXT, Message, SeedTask, Task
+from delia.store.tables import exists
+from delia.store.tasks import TaskConfig
+from delia.synthesize.sources import SourceConfig, SynthesizeConfig
+
+ALTERNATING = """{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('roles must alternate user/assistant') }}{% endif %}{% endfor %}"""
+WORDS = ("fox", "cat", "wolf", "owl", "bear", "dog", "hen", "frog")
+REFUSED = 2
+"""The place of the row that begins with a system's turn."""
+
+
+@pytest.fixture
+def strict_space(tmp_path: Path) -> Workspace:
+    """The starter under a template that refuses all but a user's and an assistant's turns by turns."""
+    plain = Path("platform/delia/starter/weights/chat_template.jinja").read_text()
+    (tmp_path / "strict.jinja").write_text(ALTERNATING + plain)
+    turns = (Message(role="user", content="say fox"), Message(role="assistant", content="fox"))
+    rows = {"train": (SeedTask(task_id="t0", messages=turns),), "dev": (), "test": ()}
+    model = STARTER.model_copy(update={"chat_template": str(tmp_path / "strict.jinja")})
+    return open_workspace(str(tmp_path / "runs"), model, Task(name="t", digest="d", rows_by_split=rows))
+
+
+def make_config(*sources: SourceConfig) -> PoolConfig:
+    curate = CurateConfig(near_duplicate_threshold=None, overlap_ngram=None, max_repeated_share=None)
+    synthesize = SynthesizeConfig(sources=sources, sampling=SamplingConfig(max_tokens=64), chunk_size=4)
+    return PoolConfig(synthesize=synthesize, curate=curate)
+
+
+def import_questions(path: Path) -> SourceConfig:
+    """Return a source of a question a word, one of them under a system's turn."""
+    rows = []
+    for place, word in enumerate(WORDS):
+        before = [{"role": "system", "content": "be brief"}] if place == REFUSED else []
+        turns = [{"role": "user", "content": f"what of the {word} ?"}, {"role": "assistant", "content": word}]
+        rows.append(json.dumps({"messages": [*before, *turns]}))
+    path.write_text("\n".join(rows))
+    return SourceConfig(name="file", rows=TaskConfig(path=str(path)), num_rows=len(WORDS))
+
+
+@pytest.mark.parametrize("on", ["local_stage", pytest.param("cluster", marks=pytest.mark.system)])
+def test_a_candidate_that_the_template_refuses_is_kept_with_the_reason_and_the_others_are_answered(
+    on, request, strict_space, tmp_path, build, read_back
+):
+    if on == "local_stage":
+        request.getfixturevalue(on)()
+    else:
+        request.getfixturevalue(on)
+    answers = SourceConfig(
+        name="answers",
+        synthesizer=MethodConfig(method="delia.methods.synthesizer.answering.Answering"),
+        feeds_on=("file",),
+        num_rows=len(WORDS) - 1,
+        max_candidates=len(WORDS),
+    )
+    config = make_config(import_questions(tmp_path / "rows.jsonl"), answers)
+    pool = build(strict_space, config)
+    (refused,) = read_back(strict_space, config)
+
+    assert (refused.source, refused.index, refused.reason) == ("answers", REFUSED, "unrenderable")
+    assert "roles must alternate user/assistant" in refused.text
+    assert len(refused.text) <= MAX_REJECTED_TEXT
+    assert pool.manifest.counts == {"accepted": 2 * len(WORDS) - 1, "rejected_unrenderable": 1}
+    assert [row.index for row in pool.rows if row.source == "answers"] == [0, 1, 3, 4, 5, 6, 7]
+
+
+def test_a_later_turn_that_the_template_refuses_is_rejected_with_what_it_cost(
+    strict_space, local_stage, build, read_back, monkeypatch
+):
+    """Every second candidate is answered under a system's turn, which the template refuses."""
+    ask = (
+        Message(role="user", content="name the colour of the red fox , the grey wolf and the black cat ."),
+    )
+    monkeypatch.setattr(
+        "delia.methods.synthesizer.magpie.Magpie.__call__",
+        lambda self, context, index, said: (
+            context.answer(index, said, before=(Message(role="system", content="be brief"),) * (index % 2))
+            if said
+            else context.ask(index, ask, turn="instruction")
+        ),
+    )
+    local_stage()
+    method = MethodConfig(method="delia.methods.synthesizer.magpie.Magpie")
+    config = make_config(SourceConfig(name="web", synthesizer=method, num_rows=3, max_candidates=64))
+    pool = build(strict_space, config)
+    refused = [item for item in read_back(strict_space, config) if item.reason == "unrenderable"]
+
+    assert refused
+    assert {item.index % 2 for item in refused} == {1}
+    assert {row.index % 2 for row in pool.rows} == {0}
+    assert all(item.num_output_tokens > 0 for item in refused)
+
+
+def test_what_the_template_refuses_of_every_candidate_is_an_error_before_anything_is_generated(
+    strict_space, local_stage, build
+):
+    stage = local_stage()
+    method = MethodConfig(method="delia.methods.synthesizer.magpie.Magpie", knobs={"system": "be brief"})
+    config = make_config(SourceConfig(name="web", synthesizer=method, num_rows=3))
+
+    with pytest.raises(ChatError, match=r"^source 'web': no candidate of it .* alternate .* `chat_template`"):
+        build(strict_space, config)
+    assert stage.answered == []
+    assert not exists(strict_space.address("candidates", ""))
