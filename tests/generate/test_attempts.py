@@ -1,7 +1,10 @@
 """What kills an engine is cornered and given up; the process that dies is played by an exception."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 
+import psutil
 import pytest
 
 from delia.errors import EngineError
@@ -106,3 +109,43 @@ def test_an_engine_that_answers_nothing_ends_the_job_soon():
     with pytest.raises(EngineError, match=r"died \d+ times in a row and answered nothing"):
         run(everything, {item.request_id for item in everything})
     assert MAX_DEATHS_IN_A_ROW >= 20
+
+
+REPLICA = """
+import subprocess, sys
+from delia.errors import EngineDiedError
+from delia.generate.attempts import CarefulEngine
+from delia.generate.engine import Request
+
+SHARD = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True)"
+ENGINE = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SHARD + '; time.sleep(600)'!r}]); {SHARD}"
+
+def die(requests):
+    engine = subprocess.Popen([sys.executable, "-c", ENGINE + "; time.sleep(600)"], stdout=subprocess.PIPE)
+    print(engine.stdout.readline().decode(), engine.stdout.readline().decode(), flush=True)
+    raise EngineDiedError("it failed")
+
+careful = CarefulEngine(die, None, num_callers=1)
+careful._call = lambda *args: None
+careful.ask([Request(request_id="r", prompt_ids=(1,))])
+"""
+
+
+def is_alive(process_id: int) -> bool:
+    """Tell whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return bool(psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_replica_whose_engine_died_ends_the_processes_of_its_engine_before_itself():
+    """The engine is a process below the replica, a shard one below the engine; both ignore a polite request."""
+    replica = subprocess.run([sys.executable, "-c", REPLICA], stdout=subprocess.PIPE, text=True, check=False)
+    below = [int(word) for word in replica.stdout.split()]
+    alive = [process_id for process_id in below if is_alive(process_id)]
+    for process_id in alive:
+        psutil.Process(process_id).kill()
+
+    assert (replica.returncode, len(below)) == (1, 2)
+    assert alive == []

@@ -11,9 +11,10 @@ otherwise a batch could be blamed for its neighbour.
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, NoReturn
 
+import psutil
 from ray.exceptions import RayActorError
 
 from delia.errors import EngineDiedError, EngineError
@@ -30,6 +31,8 @@ MAX_SINGLE = 3
 """How often one request is begun before it is given up."""
 MAX_DEATHS_IN_A_ROW = 24
 """More than it takes to corner one request among 2^15: the engine itself is broken."""
+END_SECONDS = 10.0
+"""How long is waited for killed processes to be gone."""
 
 
 class AttemptLog:
@@ -141,7 +144,7 @@ class CarefulEngine:
             return self._generate(requests)
         except EngineDiedError as error:
             self._call("fail", key, str(error))
-            os._exit(1)
+            end_process()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -161,6 +164,20 @@ class CarefulEngine:
             return call(getattr(self._log, method), *args)
         except RayActorError:
             return None
+
+
+def end_process() -> NoReturn:
+    """End this process at once, and before it all that it began: no handler of theirs is waited for.
+
+    Shards of a model are processes below this one that Ray does not know. They would hold their GPUs' memory for a
+    while longer, and the replica that takes this one's place would not find it free.
+    """
+    below = psutil.Process().children(recursive=True)
+    for process in below:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(below, timeout=END_SECONDS)
+    os._exit(1)
 
 
 def _give_up(request: Request, error: str) -> Completion:
