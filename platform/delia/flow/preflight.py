@@ -3,7 +3,7 @@
 metrics known?  every task row and prompt short enough?  pool large enough for every ratio?
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from delia.chat import load_chat
 from delia.config import build_method
@@ -19,10 +19,10 @@ from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
 from delia.metrics import score_name
 from delia.mix.mixture import MixConfig, count_rows
-from delia.model.loading import check_quantisation, load_shapes
+from delia.model.loading import check_quantisation, count_heads, load_shapes
 from delia.model.lora import STARTS_ELSEWHERE
 from delia.schema import Message, Split, Task
-from delia.store.models import resolve_model
+from delia.store.models import ModelConfig, resolve_model
 from delia.store.tasks import read_import
 from delia.train.export import check_storable
 from delia.train.memory import describe_shortage, read_device_bytes
@@ -107,10 +107,38 @@ def check_rows(
         )
     if any(arm.train.trains_base for arm in arms.values()):
         check_storable(load_shapes(space.model), space.model)
+    check_shards([space.model, *list_teachers(pool)], engine)
     check_lengths(space, arms, engine=engine, evaluate=evaluate)
     check_pool_lengths(space, arms, pool)
     if pool is not None:
         check_room(pool, engine)
+
+
+def list_teachers(pool: PoolConfig | None) -> list[ModelConfig]:
+    """Return the models beside the base that write a pool."""
+    return [source.model for source in pool.synthesize.sources if source.model] if pool else []
+
+
+def check_shards(models: Iterable[ModelConfig], engine: EngineConfig) -> None:
+    """Refuse a number of shards by which the attention heads of a model can't be dealt out: vLLM cuts between heads.
+
+    Raises:
+        ConfigError: With the model's heads and the numbers that fit them.
+    """
+    size = engine.tensor_parallel_size
+    for model in models if size > 1 else ():
+        num_heads, num_key_heads = count_heads(model)
+        fitting = [
+            number
+            for number in range(1, num_heads + 1)  # keys are repeated where there are fewer than shards
+            if num_heads % number == 0 and (num_key_heads % number == 0 or number % num_key_heads == 0)
+        ]
+        if fitting and size not in fitting:
+            raise ConfigError(
+                f"engine.tensor_parallel_size={size} must deal out the heads of a model evenly, and {model.path!r}"
+                f" has {num_heads} of queries and {num_key_heads} of keys; take one of {fitting}, and with GPUs the"
+                " same engine.num_gpus_per_replica"
+            )
 
 
 def check_metrics(task: Task) -> None:

@@ -53,6 +53,13 @@ def load_shapes(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
+def count_heads(config: ModelConfig) -> tuple[int, int]:
+    """Return a base's heads of queries and of keys; 0 and 0 where its config names none."""
+    form = AutoConfig.from_pretrained(resolve_model(config), local_files_only=True).get_text_config()
+    num_heads = int(getattr(form, "num_attention_heads", None) or 0)
+    return num_heads, int(getattr(form, "num_key_value_heads", None) or num_heads)
+
+
 def _keep_parameters(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave the scales of packed weights out of a state: torch's checkpoints look for a module's attributes."""
     own = {prefix + name for name, _ in module.named_parameters()}
