@@ -5,7 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import flex_attention
 
+from delia.model import attention
 from delia.model.attention import attend_segments, use_packed_attention
 
 LENGTHS = (5, 17, 1, 9)
@@ -57,6 +60,63 @@ def test_a_row_before_changes_nothing_and_no_place_sees_what_follows(make_shape)
     changed = torch.cat((second[:-1], (second[-1:] + 1) % 96))
     assert torch.equal(read(second)[:-1], read(changed)[:-1])
     assert not torch.equal(read(second)[-1], read(changed)[-1])
+
+
+def test_a_row_s_gradient_is_its_own_and_changes_with_no_other_row(make_shape, shape):
+    model = make_shape(shape)
+    use_packed_attention(model)
+    rows = make_rows(96)
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+
+    def read(rows: list[torch.Tensor], place: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return one row's logits, and the gradients of them by each row's embeddings."""
+        inputs = model.get_input_embeddings()(torch.cat(rows)[None]).requires_grad_()
+        logits = model(inputs_embeds=inputs, position_ids=positions, segments=LENGTHS).logits[0]
+        own = logits.split(LENGTHS)[place]
+        (gradient,) = torch.autograd.grad(own.square().sum(), inputs)
+        return own, list(gradient[0].split(LENGTHS))
+
+    for place in range(len(rows)):
+        others_changed = [row if i == place else (row + 1) % 96 for i, row in enumerate(rows)]
+        (logits, gradients), (same_logits, same) = read(rows, place), read(others_changed, place)
+        assert torch.equal(logits, same_logits)
+        assert torch.equal(gradients[place], same[place])
+        assert [bool(gradient.any()) for gradient in gradients] == [i == place for i in range(len(rows))]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "settings", "kernel"),
+    [
+        ("cuda", torch.bfloat16, {}, "flash"),
+        ("cuda", torch.float16, {"sliding_window": 4}, "flash"),
+        ("cuda", torch.float32, {}, "rows"),
+        ("cuda", torch.float64, {}, "rows"),
+        ("cuda", torch.bfloat16, {"softcap": 2.0}, "rows"),
+        ("cuda", torch.bfloat16, {"dropout": 0.1}, "rows"),
+        ("cpu", torch.bfloat16, {}, "rows"),
+        ("cpu", torch.float32, {"softcap": 2.0, "sliding_window": 4}, "rows"),
+    ],
+)
+def test_the_flash_kernel_is_taken_where_it_can_and_rows_elsewhere(
+    monkeypatch, device, dtype, settings, kernel
+):
+    """By tensors that have a device and no memory: no GPU is needed."""
+    taken = set()
+    monkeypatch.setattr(attention, "_attend_varlen", lambda *_: taken.add("flash"))
+    monkeypatch.setattr(attention, "_attend", lambda query, *_: (taken.add("rows"), query)[1])
+    with FakeTensorMode():
+        query, key, value = (
+            torch.empty(1, num_heads, sum(LENGTHS), 8, device=device, dtype=dtype) for num_heads in (4, 2, 2)
+        )
+        attend_segments(SimpleNamespace(), query, key, value, scaling=1.0, segments=LENGTHS, **settings)
+    assert taken == {kernel}
+
+
+def test_flex_attention_has_no_backward_on_a_cpu():
+    """Why it is not among the kernels; a torch that has one opens the choice again."""
+    query, key, value = (torch.randn(1, 2, 8, 8, requires_grad=True) for _ in range(3))
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        flex_attention(query, key, value)
 
 
 @pytest.mark.gpu

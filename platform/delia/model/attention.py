@@ -5,6 +5,13 @@ interface takes it. A model is called with the rows' lengths:
 
     use_packed_attention(model); model(input_ids, position_ids=..., segments=(12, 7, 30))
 
+What attends, by availability: torch's flash kernel for rows of different lengths where it can (a GPU, half
+precision, no cap of the scores, no dropout), else row by row. torch's flex attention, one kernel for caps, windows
+and rows, is not between the two. On a CPU torch 2.13 has no backward of it (pytorch/pytorch#169646), and its dense
+reference took 410 ms for both passes where row by row took 18 (5 rows, 1,934 tokens, 2 heads of 28, one thread). On a
+GPU it is a kernel only under torch.compile, which has not been seen to work there with this loop; without it [T, T]
+is made. A test fails once a CPU has the backward: the choice is open again then.
+
 Legend: H query heads, G key heads, T tokens of the stream, L of one row, E a head's width.
 """
 
@@ -18,6 +25,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 PACKED = "delia_packed"
+HALF = (torch.bfloat16, torch.float16)  # what the flash kernel takes
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths change with each call, and each would be compiled anew
@@ -48,7 +56,7 @@ def attend_segments(
             the scores, c tanh(s / c) (Gemma 2, arXiv 2408.00118); others are for other kernels.
     """
     sliding_window, softcap = options.get("sliding_window"), options.get("softcap")
-    if query_1HTE.is_cuda and softcap is None and not dropout and query_1HTE.dtype != torch.float32:
+    if query_1HTE.is_cuda and query_1HTE.dtype in HALF and softcap is None and not dropout:
         return _attend_varlen(query_1HTE, key_1GTE, value_1GTE, scaling, segments, sliding_window), None
     parts = zip(
         query_1HTE.split(list(segments), 2),

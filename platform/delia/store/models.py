@@ -22,9 +22,10 @@ Quantisation = Literal["none", "nf4", "int8"]
 class ModelConfig(FrozenConfig):
     """A base model and how it is loaded.
 
-    `attention` and `dtype` are the names that transformers and vLLM share. `quantisation` is the form in which
-    the base is trained on (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): bitsandbytes' four-bit NormalFloat
-    with doubly quantised constants, or LLM.int8(). Everything else reads the base as it lies on disk.
+    `dtype` is a name that transformers and vLLM share. `attention` is transformers' name of how it reads padded
+    rows; training packs rows and chooses for itself (`model.attention`), and vLLM does too. `quantisation` is the
+    form in which the base is trained on (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): bitsandbytes' four-bit
+    NormalFloat with doubly quantised constants, or LLM.int8(). Everything else reads the base as it lies on disk.
     """
 
     path: str
