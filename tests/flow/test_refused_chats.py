@@ -1,5 +1,6 @@
 """Chats that the template refuses: one candidate's is a rejection with its reason, every candidate's ends the job."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from delia.flow.pool import PoolConfig
 from delia.flow.workspace import Workspace, open_workspace
 from delia.generate.engine import SamplingConfig
 from delia.recipes.starter import STARTER
-from delia.schema import MAX_REJECTED_TEXT, Message, SeedTask, Task
+from delia.schema import MAX_REJECTED_TEXT, Message, Messages, SeedTask, Task
 from delia.store.tables import exists
 from delia.store.tasks import TaskConfig
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
@@ -24,13 +25,23 @@ REFUSED = 2
 """The place of the row that begins with a system's turn."""
 
 
+def make_chats() -> list[Messages]:
+    """Return a question and its answer for each word, one of them under a system's turn."""
+    chats: list[Messages] = [
+        (Message(role="user", content=f"what of the {word} ?"), Message(role="assistant", content=word))
+        for word in WORDS
+    ]
+    chats[REFUSED] = (Message(role="system", content="be brief"), *chats[REFUSED])
+    return chats
+
+
 @pytest.fixture
 def strict_space(tmp_path: Path) -> Workspace:
     """The starter under a template that refuses all but a user's and an assistant's turns by turns."""
     plain = Path("platform/delia/starter/weights/chat_template.jinja").read_text()
     (tmp_path / "strict.jinja").write_text(ALTERNATING + plain)
-    turns = (Message(role="user", content="say fox"), Message(role="assistant", content="fox"))
-    rows = {"train": (SeedTask(task_id="t0", messages=turns),), "dev": (), "test": ()}
+    train = tuple(SeedTask(task_id=f"t{i}", messages=chat) for i, chat in enumerate(make_chats()))
+    rows = {"train": train, "dev": (), "test": ()}
     model = STARTER.model_copy(update={"chat_template": str(tmp_path / "strict.jinja")})
     return open_workspace(str(tmp_path / "runs"), model, Task(name="t", digest="d", rows_by_split=rows))
 
@@ -39,17 +50,6 @@ def make_config(*sources: SourceConfig) -> PoolConfig:
     curate = CurateConfig(near_duplicate_threshold=None, overlap_ngram=None, max_repeated_share=None)
     synthesize = SynthesizeConfig(sources=sources, sampling=SamplingConfig(max_tokens=64), chunk_size=4)
     return PoolConfig(synthesize=synthesize, curate=curate)
-
-
-def import_questions(path: Path) -> SourceConfig:
-    """Return a source of a question a word, one of them under a system's turn."""
-    rows = []
-    for place, word in enumerate(WORDS):
-        before = [{"role": "system", "content": "be brief"}] if place == REFUSED else []
-        turns = [{"role": "user", "content": f"what of the {word} ?"}, {"role": "assistant", "content": word}]
-        rows.append(json.dumps({"messages": [*before, *turns]}))
-    path.write_text("\n".join(rows))
-    return SourceConfig(name="file", rows=TaskConfig(path=str(path)), num_rows=len(WORDS))
 
 
 @pytest.mark.parametrize("on", ["local_stage", pytest.param("cluster", marks=pytest.mark.system)])
@@ -63,19 +63,33 @@ def test_a_candidate_that_the_template_refuses_is_kept_with_the_reason_and_the_o
     answers = SourceConfig(
         name="answers",
         synthesizer=MethodConfig(method="delia.methods.synthesizer.answering.Answering"),
-        feeds_on=("file",),
-        num_rows=len(WORDS) - 1,
+        num_rows=len(WORDS) - 2,  # one answer is empty
         max_candidates=len(WORDS),
     )
-    config = make_config(import_questions(tmp_path / "rows.jsonl"), answers)
+    config = make_config(answers)
     pool = build(strict_space, config)
-    (refused,) = read_back(strict_space, config)
+    (refused,) = (item for item in read_back(strict_space, config) if item.reason != "empty")
 
     assert (refused.source, refused.index, refused.reason) == ("answers", REFUSED, "unrenderable")
     assert "roles must alternate user/assistant" in refused.text
     assert len(refused.text) <= MAX_REJECTED_TEXT
-    assert pool.manifest.counts == {"accepted": 2 * len(WORDS) - 1, "rejected_unrenderable": 1}
-    assert [row.index for row in pool.rows if row.source == "answers"] == [0, 1, 3, 4, 5, 6, 7]
+    assert {row.index for row in pool.rows} < {0, 1, 3, 4, 5, 6, 7}
+    assert len(pool.rows) == len(WORDS) - 2
+
+
+def test_an_imported_row_that_the_template_refuses_is_no_row_of_a_pool(
+    strict_space, local_acceptance, tmp_path, build, read_back
+):
+    rows = [{"messages": [dataclasses.asdict(turn) for turn in chat]} for chat in make_chats()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = TaskConfig(path=str(tmp_path / "rows.jsonl"))
+    config = make_config(SourceConfig(name="file", rows=path, num_rows=len(WORDS) - 1))
+    pool = build(strict_space, config, num_replicas=None)
+    (refused,) = read_back(strict_space, config)
+
+    assert (refused.source, refused.index, refused.reason) == ("file", REFUSED, "unrenderable")
+    assert "roles must alternate user/assistant" in refused.text
+    assert [row.index for row in pool.rows] == [0, 1, 3, 4, 5, 6, 7]
 
 
 def test_a_later_turn_that_the_template_refuses_is_rejected_with_what_it_cost(

@@ -11,7 +11,7 @@ An acceptance that dies with its node is started anew and reads the stored chunk
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -19,15 +19,16 @@ import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
 from delia.curate.pipeline import CurateConfig
+from delia.curate.rejection import reject
 from delia.curate.stopping import ENOUGH_ROWS, StopConfig, StopRule
-from delia.errors import PoolError, StoreError
+from delia.errors import ChatError, PoolError, StoreError
 from delia.flow.curation import Curation, open_curation
 from delia.flow.ledger import account, to_metrics
 from delia.flow.workspace import Workspace
 from delia.generate.calls import call
 from delia.generate.engine import EngineConfig
 from delia.generate.pipeline import worker_environment
-from delia.schema import Rejection, Row, SeedTask
+from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, SeedTask
 from delia.store.candidates import (
     REJECTION_SCHEMA,
     ROW_SCHEMA,
@@ -40,6 +41,7 @@ from delia.store.candidates import (
 from delia.store.pools import write_pool
 from delia.store.spool import Chain, Spool
 from delia.store.tables import exists
+from delia.synthesize.dialogue import UNRENDERABLE
 from delia.synthesize.pipeline import Batch, StoredChunk
 
 MEMORY = 2**30
@@ -152,8 +154,9 @@ class Acceptance:
         return self._decide(chunk.source, chunk.read())
 
     def take_imported(self, source: str, batch: Batch) -> Progress:
-        """Decide on the next rows of a source that is a file."""
-        return self._decide(source, batch)
+        """Decide on the next rows of a source that is a file; no one can train on a chat that the template refuses."""
+        candidates = tuple(self._render(item) for item in batch.candidates)
+        return self._decide(source, replace(batch, candidates=candidates))
 
     def check_supply(self, name: str) -> None:
         """Hold that a source that has been read gave what it was asked for.
@@ -217,6 +220,15 @@ class Acceptance:
             details=details | ({"stopped": self._stopped} if self._stopped else {}),
         )
         return metrics | to_metrics(ledger), progress.num_seen
+
+    def _render(self, candidate: Row | Rejection) -> Row | Rejection:
+        """Return the candidate, or the rejection of a row that the template refuses, with why as its text."""
+        try:
+            if isinstance(candidate, Row):
+                self._space.chat.encode_chat(candidate.messages)
+        except ChatError as error:
+            return replace(reject(candidate, UNRENDERABLE), text=str(error)[:MAX_REJECTED_TEXT])
+        return candidate
 
     def _decide(self, name: str, batch: Batch) -> Progress:
         source = self._sources[name]

@@ -28,7 +28,7 @@ MAX_TURNS = 16
 """No method needs more; one that never closes a candidate would run for ever."""
 
 UNRENDERABLE = "unrenderable"
-"""Why a candidate is not asked further: the chat template can't write what it would ask."""
+"""Why a candidate is not asked further, or an imported row not taken: the chat template can't write the chat."""
 
 
 @dataclass(frozen=True, kw_only=True)
