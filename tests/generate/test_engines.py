@@ -183,3 +183,19 @@ def test_shards_that_would_share_a_cpu_are_refused_with_the_ways_out():
 )
 def test_a_shard_has_a_device_of_its_own(size, num_gpus, num_cpus):
     assert make_engine_config(size, num_gpus, num_cpus).tensor_parallel_size == size
+
+
+def test_custom_resources_that_are_none_are_refused_with_the_way_out():
+    with pytest.raises(ConfigError, match=r"names GPU, which Ray counts itself; set .* num_gpus_per_replica"):
+        validate(EngineConfig, {"resources_per_replica": {"GPU": 1.0}})
+    for amount in (0.0, -1.0, 1.5):
+        with pytest.raises(
+            ConfigError, match=rf"\[a100\] is a part of one or a whole number, got {amount:g}; take"
+        ):
+            validate(EngineConfig, {"resources_per_replica": {"a100": amount}})
+
+
+def test_custom_resources_are_taken_as_they_are():
+    wanted = {"accelerator_type:A100": 0.001, "a100": 2.0}
+
+    assert validate(EngineConfig, {"resources_per_replica": wanted}).resources_per_replica == wanted

@@ -182,6 +182,14 @@ def test_an_engine_that_no_node_can_hold_is_refused_with_what_it_asks_for_and_wh
         list(stream(REQUESTS[:1], num_cpus_per_replica=64, node_wait_seconds=0))
 
 
+def test_an_engine_whose_resource_no_node_has_is_refused_with_its_name(cluster):
+    with pytest.raises(
+        EngineError,
+        match=r"resources_per_replica={'a100': 1.0}, while nodes have 4 CPUs and 0 GPUs; add such",
+    ):
+        list(stream(REQUESTS[:1], resources_per_replica={"a100": 1.0}, node_wait_seconds=0))
+
+
 def test_an_engine_waits_for_a_node_that_joins(cluster, monkeypatch):
     """The node is made up: what Ray tells of the cluster changes at the third time that it is asked."""
     import ray

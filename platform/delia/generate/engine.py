@@ -18,6 +18,9 @@ ENGINE_FAULT = "engine_fault"
 FAULTS = frozenset((PROMPT_TOO_LONG, ENGINE_FAULT))
 """Why a request was not answered: no room in the context, or the engine died of it again and again."""
 
+RESERVED_RESOURCES = frozenset(("CPU", "GPU", "memory", "object_store_memory"))
+"""Resources of a node that are no custom ones."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
@@ -78,14 +81,17 @@ class EngineConfig(FrozenConfig):
     while the last answers of a batch come in. `lora_rank` is the largest rank that requests may bring,
     None where none has an adapter. A model lies on all GPUs of its replica: `tensor_parallel_size` is their
     number; without GPUs each shard is a process that needs a CPU. `max_quarantined` requests may be given up
-    because the engine dies of them; one more ends the job. Where no node is large enough for a replica,
-    `node_wait_seconds` are left for one to join.
+    because the engine dies of them; one more ends the job. `resources_per_replica` are custom resources of Ray's
+    that a replica takes of its node, so that it sits on nodes that have them; every node with a GPU of a known
+    type has one of `accelerator_type:TYPE`. Where no node is large enough for a replica, `node_wait_seconds` are
+    left for one to join.
     """
 
     kind: Literal["vllm", "scripted"] = "vllm"
     num_replicas: int = 1
     num_cpus_per_replica: float = 1.0
     num_gpus_per_replica: float = 0.0
+    resources_per_replica: dict[str, float] = {}
     tensor_parallel_size: int = Field(default=1, gt=0)
     max_model_len: int = 512
     max_num_seqs: int = 256
@@ -113,6 +119,21 @@ class EngineConfig(FrozenConfig):
                 f" {size} with num_cpus_per_replica={self.num_cpus_per_replica:g}; raise num_cpus_per_replica, set"
                 f" num_gpus_per_replica={size}, or take tensor_parallel_size=1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ask_for_what_there_may_be(self) -> Self:
+        for name, amount in self.resources_per_replica.items():
+            if name in RESERVED_RESOURCES:
+                raise ValueError(
+                    f"resources_per_replica={self.resources_per_replica} names {name}, which Ray counts itself; set"
+                    " num_cpus_per_replica or num_gpus_per_replica, and name custom resources of nodes alone here"
+                )
+            if amount <= 0 or (amount > 1 and amount != int(amount)):
+                raise ValueError(
+                    f"resources_per_replica[{name}] is a part of one or a whole number, got {amount:g}; take 0.001 to"
+                    " choose nodes and leave room for others, or leave it out"
+                )
         return self
 
 

@@ -7,7 +7,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from delia.errors import EngineError
-from delia.generate.engine import EngineConfig
+from delia.generate.engine import RESERVED_RESOURCES, EngineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +23,13 @@ def wait_for_node(config: EngineConfig) -> None:
         EngineError: There is none, with what a replica asks for and what the nodes have.
     """
     wanted = {"CPU": config.num_cpus_per_replica, "GPU": config.num_gpus_per_replica}
-    wanted = {name: amount for name, amount in wanted.items() if amount}
+    wanted = {name: amount for name, amount in wanted.items() if amount} | config.resources_per_replica
     if _has_node(wanted):
         return
     shortage = (
         f"no node can hold an engine: engine.num_cpus_per_replica={config.num_cpus_per_replica:g} and"
-        f" num_gpus_per_replica={config.num_gpus_per_replica:g}, while nodes have {_describe_nodes()}"
+        f" num_gpus_per_replica={config.num_gpus_per_replica:g}{_describe_more(config)}, while nodes have"
+        f" {_describe_nodes()}"
     )
     logger.warning("%s; waiting up to %g s for one that can", shortage, config.node_wait_seconds)
     deadline = time.monotonic() + config.node_wait_seconds
@@ -56,9 +57,18 @@ def _has_node(wanted: dict[str, float]) -> bool:
     )
 
 
+def _describe_more(config: EngineConfig) -> str:
+    return f", resources_per_replica={config.resources_per_replica}" if config.resources_per_replica else ""
+
+
 def _describe_nodes() -> str:
-    sizes = {
-        f"{offered.get('CPU', 0.0):g} CPUs and {offered.get('GPU', 0.0):g} GPUs"
-        for offered in _list_resources()
-    }
-    return "; ".join(sorted(sizes))
+    return "; ".join(sorted({_describe(offered) for offered in _list_resources()}))
+
+
+def _describe(offered: dict[str, float]) -> str:
+    custom = [
+        f"{amount:g} {name}"
+        for name, amount in sorted(offered.items())
+        if name not in RESERVED_RESOURCES and not name.startswith("node:")
+    ]
+    return ", ".join((f"{offered.get('CPU', 0.0):g} CPUs and {offered.get('GPU', 0.0):g} GPUs", *custom))

@@ -239,7 +239,8 @@ def _map_blocks(
     return ray.data.from_arrow(list(blocks)).map_batches(
         EngineActor,
         fn_constructor_args=arguments,
-        batch_size=None,
+        # with GPUs Ray Data insists on a number, and joins blocks that are smaller: none is but the last
+        batch_size=max(block.num_rows for block in blocks) if engine.num_gpus_per_replica else None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
             size=min(engine.num_replicas, len(blocks)),
@@ -249,6 +250,7 @@ def _map_blocks(
         ),
         num_cpus=engine.num_cpus_per_replica,
         num_gpus=engine.num_gpus_per_replica or None,
+        resources=engine.resources_per_replica or None,
         runtime_env={"env_vars": worker_environment()},
     )
 
