@@ -22,7 +22,7 @@ class LocalLog:
     """An `AttemptLog` that is called as an actor is, and survives the process that calls it."""
 
     def __init__(self, **settings: int) -> None:
-        self._log = AttemptLog(**settings)
+        self._log = AttemptLog(**{"max_quarantined": 16, "max_ahead": 8, **settings})
 
     def __getattr__(self, name: str):
         method = getattr(self._log, name)
@@ -149,3 +149,36 @@ def test_a_replica_whose_engine_died_ends_the_processes_of_its_engine_before_its
 
     assert (replica.returncode, len(below)) == (1, 2)
     assert alive == []
+
+
+# ---- what is begun, and when
+
+
+def test_as_many_blocks_are_begun_as_the_reader_leaves_room_for():
+    log = AttemptLog(max_quarantined=0, max_ahead=2)
+    first = [log.admit(key, "web") for key in "abc"]
+    log.count_taken()
+
+    assert first == ["begin", "begin", "wait"]
+    assert [log.admit(key, "web") for key in "cd"] == ["begin", "wait"]
+
+
+def test_a_block_whose_process_was_lost_is_begun_again_and_counted_once():
+    log = AttemptLog(max_quarantined=0, max_ahead=2)
+
+    assert [log.admit(key, "web") for key in "aaabc"] == ["begin", "begin", "begin", "begin", "wait"]
+
+
+def test_a_lost_block_that_is_no_longer_wanted_leaves_its_place_to_another():
+    log = AttemptLog(max_quarantined=0, max_ahead=1)
+    log.admit("a", "web")
+    log.refuse(["web"])
+
+    assert [log.admit("a", "web"), log.admit("b", "self")] == ["skip", "begin"]
+
+
+def test_a_log_that_has_forgotten_what_was_begun_admits_no_more_than_it_should():
+    log = AttemptLog(max_quarantined=0, max_ahead=1)
+    log.count_taken()
+
+    assert [log.admit(key, "web") for key in "ab"] == ["begin", "wait"]

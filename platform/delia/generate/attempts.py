@@ -10,6 +10,7 @@ otherwise a batch could be blamed for its neighbour.
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, NoReturn
@@ -23,6 +24,7 @@ from delia.generate.engine import ENGINE_FAULT, Completion, Request
 from delia.rng import hash_text
 
 Verdict = Literal["try", "try_alone", "halve", "give_up"]
+Admission = Literal["begin", "wait", "skip"]
 Ask = Callable[[Sequence[Request]], list[Completion]]
 
 MAX_WHOLE = 2
@@ -33,13 +35,22 @@ MAX_DEATHS_IN_A_ROW = 24
 """More than it takes to corner one request among 2^15: the engine itself is broken."""
 END_SECONDS = 10.0
 """How long is waited for killed processes to be gone."""
+POLL_SECONDS = 0.1
+"""How often a replica asks whether the reader has come on; the blocks that it is at go on meanwhile."""
 
 
 class AttemptLog:
-    """Counts begun and unended attempts by key; knows what is not wanted. An actor of the cluster, not of a replica."""
+    """Counts begun and unended attempts by key; knows what may be begun. An actor of the cluster, not of a replica.
 
-    def __init__(self, *, max_quarantined: int) -> None:
+    No more than `max_ahead` blocks are begun that the reader has not taken: Ray Data bounds results by their
+    bytes alone, and text is small.
+    """
+
+    def __init__(self, *, max_quarantined: int, max_ahead: int) -> None:
         """Start with nothing begun."""
+        self._blocks: set[str] = set()
+        self._num_ahead = 0
+        self._max_ahead = max_ahead
         self._begun: dict[str, int] = {}
         self._errors: dict[str, str] = {}
         self._quarantined: set[str] = set()
@@ -48,13 +59,27 @@ class AttemptLog:
         self._max_quarantined = max_quarantined
         self._skipped: set[str] = set()
 
-    def skip(self, sources: Sequence[str]) -> None:
+    def refuse(self, sources: Sequence[str]) -> None:
         """Note sources whose blocks are no longer wanted."""
         self._skipped.update(sources)
 
-    def is_skipped(self, source: str) -> bool:
-        """Tell whether blocks of a source are no longer wanted."""
-        return source in self._skipped
+    def admit(self, key: str, source: str) -> Admission:
+        """Return whether a block is to be begun, now or later; one whose replica was lost has been counted."""
+        is_counted = key in self._blocks
+        if source in self._skipped:
+            if is_counted:
+                self.count_taken()
+            return "skip"
+        if not is_counted:
+            if self._num_ahead >= self._max_ahead:
+                return "wait"
+            self._blocks.add(key)
+            self._num_ahead += 1
+        return "begin"
+
+    def count_taken(self) -> None:
+        """Note that the reader is done with one block; a log that was restarted has forgotten some."""
+        self._num_ahead = max(0, self._num_ahead - 1)
 
     def begin(self, key: str, num_requests: int, max_attempts: int) -> tuple[Verdict, str]:
         """Return what to do with a set of requests that is begun now, and the last known error.
@@ -114,14 +139,22 @@ class CarefulEngine:
         self._num_callers = num_callers
         self._places = threading.Semaphore(num_callers)
         self._one_alone = threading.Lock()
+        self._door = threading.Lock()
 
     def ask(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer a batch, in order; a request that was given up has the finish reason `engine_fault`."""
         return self._ask(list(requests), max_attempts=MAX_WHOLE) if requests else []
 
-    def is_skipped(self, source: str) -> bool:
-        """Tell whether the job has said since it began that it wants no more blocks of a source."""
-        return bool(self._call("is_skipped", source))
+    def enter(self, block: str, source: str) -> bool:
+        """Wait until a block may be begun; return False where the job wants no more of its source."""
+        with self._door:  # one asks for all who wait
+            while (admission := self._call("admit", block, source)) == "wait":
+                time.sleep(POLL_SECONDS)
+        return bool(admission != "skip")
+
+    def leave_empty(self) -> None:
+        """Note that a block's result is empty: the reader is not told of it."""
+        self._call("count_taken")
 
     def _ask(self, requests: list[Request], *, max_attempts: int) -> list[Completion]:
         key = hash_text(*(f"{item.request_id} {item.prompt_ids}" for item in requests))

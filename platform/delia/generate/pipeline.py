@@ -27,6 +27,7 @@ from delia.generate.attempts import Ask, AttemptLog, CarefulEngine
 from delia.generate.calls import call
 from delia.generate.engine import FAULTS, Completion, EngineConfig, Request, SamplingConfig, build_engine
 from delia.generate.nodes import wait_for_node
+from delia.rng import hash_text
 from delia.store.models import ModelConfig
 
 SCHEMA = pa.schema(
@@ -85,9 +86,12 @@ class EngineActor:
 
         Of a block that is no longer wanted there is nothing.
         """
-        if SOURCE in block.column_names and self._engine.is_skipped(block[SOURCE][0].as_py()):
+        source = block[SOURCE][0].as_py() if SOURCE in block.column_names else ""
+        if not self._engine.enter(hash_text(str(block.slice(0, 1).to_pylist())), source):
             return pa.table({})
         table = self._script(block, self._ask)
+        if table.num_rows == 0:
+            self._engine.leave_empty()
         seconds = self._clock.take() / max(1, table.num_rows)
         return table.append_column(ENGINE_SECONDS, pa.array([seconds] * table.num_rows, pa.float64()))
 
@@ -183,7 +187,8 @@ def run_script(
 ) -> Generator[pa.Table, None, None]:
     """Run a script on every block, each on one of the replicas; yield results as blocks are done.
 
-    Replicas that are lost are restarted, and their blocks run again. Stop reading to stop the work.
+    Replicas that are lost are restarted, and their blocks run again. Stop reading to stop the work: no more
+    blocks are begun than replicas hold, `2 * max_concurrent_batches` each, before the reader asks for more.
 
     Args:
         script: What is done with a block.
@@ -203,7 +208,10 @@ def run_script(
         return
     wait_for_node(engine)
     log_class: Any = ray.remote(AttemptLog)
-    attempts = log_class.options(num_cpus=0, max_restarts=-1).remote(max_quarantined=engine.max_quarantined)
+    attempts = log_class.options(num_cpus=0, max_restarts=-1).remote(
+        max_quarantined=engine.max_quarantined,
+        max_ahead=count_places(engine) * min(engine.num_replicas, len(blocks)),
+    )
     arguments = (model, engine, sampling, tuple(end_ids), script, attempts)
     tables: Any = _map_blocks(blocks, engine, arguments).iter_batches(
         batch_size=None, batch_format="pyarrow", prefetch_batches=0
@@ -213,10 +221,11 @@ def run_script(
         for table in tables:
             if table.num_rows:
                 yield table
+                attempts.count_taken.remote()
             if more := set(skip) - skipped:
                 skipped |= more
                 with suppress(RayActorError):  # its node died: some blocks too many are begun
-                    call(attempts.skip, sorted(more))
+                    call(attempts.refuse, sorted(more))
     except RayTaskError as error:
         if isinstance(error.cause, DeliaError):
             raise error.cause from error
@@ -228,6 +237,11 @@ def run_script(
         ray.kill(attempts)
 
 
+def count_places(engine: EngineConfig) -> int:
+    """Return how many blocks a replica holds: as many wait as are in its engine."""
+    return 2 * engine.max_concurrent_batches
+
+
 def _map_blocks(
     blocks: Sequence[pa.Table], engine: EngineConfig, arguments: tuple[Any, ...]
 ) -> ray.data.Dataset:
@@ -235,7 +249,6 @@ def _map_blocks(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
-    num_concurrent = engine.max_concurrent_batches
     return ray.data.from_arrow(list(blocks)).map_batches(
         EngineActor,
         fn_constructor_args=arguments,
@@ -244,8 +257,8 @@ def _map_blocks(
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
             size=min(engine.num_replicas, len(blocks)),
-            max_tasks_in_flight_per_actor=2 * num_concurrent,
-            max_concurrent_calls_per_actor=num_concurrent,
+            max_tasks_in_flight_per_actor=count_places(engine),
+            max_concurrent_calls_per_actor=engine.max_concurrent_batches,
             enable_true_multi_threading=True,
         ),
         num_cpus=engine.num_cpus_per_replica,
