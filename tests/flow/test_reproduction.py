@@ -12,7 +12,7 @@ from delia.flow.trial import ArmConfig, plan_arm
 from delia.mix.mixture import MixConfig
 from delia.recipes.starter import reproduce_sep
 from delia.schema import Message, Row
-from delia.store.pools import Pool
+from delia.store.pools import Pool, index_rows
 from delia.store.tables import Manifest
 from delia.train.settings import StageConfig, TrainConfig
 
@@ -33,7 +33,7 @@ def make_pool(*instructions: str) -> Pool:
         for i, text in enumerate(instructions)
     )
     manifest = Manifest(kind="pool", fingerprint="p", root="r", counts={})
-    return Pool(manifest=manifest, load=lambda: rows)
+    return Pool(manifest=manifest, load=lambda: index_rows(rows))
 
 
 class Bench:

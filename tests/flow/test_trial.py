@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 
 from delia.chat import EncodedChat
 from delia.errors import ChatError, MixtureError, StoreError, TrainError
-from delia.flow.trial import ArmConfig, build_input, encode_rows, plan_arm, read_adapter, train_arms
+from delia.flow.encoding import encode_rows
+from delia.flow.trial import ArmConfig, build_input, plan_arm, read_adapter, train_arms
 from delia.flow.workspace import Workspace, open_workspace
 from delia.mix.mixture import MixConfig
 from delia.model.adapted import LoraConfig
@@ -16,7 +17,7 @@ from delia.model.logprobs import load_adapted
 from delia.schema import Message, Row, SeedTask, Task
 from delia.store.adapters import check_servable, read_tensors
 from delia.store.models import ModelConfig
-from delia.store.pools import Pool
+from delia.store.pools import Pool, index_rows
 from delia.store.tables import Manifest, read_manifest
 from delia.train.settings import HOW_ONLY, MetersConfig, StageConfig, TrainConfig
 
@@ -48,7 +49,7 @@ def make_pool(num_rows: int) -> Pool:
         for i in range(num_rows)
     )
     manifest = Manifest(kind="pool", fingerprint="p", root="root of the pool", counts={})
-    return Pool(manifest=manifest, load=lambda: rows)
+    return Pool(manifest=manifest, load=lambda: index_rows(rows))
 
 
 def make_arm(*, diverse_ratio: float = 2.0, seed: int = 0, **settings) -> ArmConfig:
@@ -174,7 +175,7 @@ def test_a_task_without_a_token_trains_lora_alone(space, pool):
 
 def test_a_long_row_is_an_error_or_dropped_or_truncated_by_setting_and_counted(space, pool, caplog):
     rows = (replace(pool.rows[0], messages=make_chat("name " * 40, "no")), *pool.rows[1:])
-    long = replace(pool, load=lambda: rows)
+    long = replace(pool, load=lambda: index_rows(rows))
     with pytest.raises(ChatError, match="max_length"):
         build_input(plan_arm(make_arm(diverse_ratio=2.5, max_length=32), space, long), space, long)
 

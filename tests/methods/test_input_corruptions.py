@@ -96,7 +96,7 @@ def test_the_realised_share_is_within_binomial_bounds(progress, share):
     """Five standard errors of a binomial; a mask token is seen where a random one might be the token's own."""
     rows = make_rows(200)
     stream, changed = corrupt(MFT(mask_id=0), rows, range(200), progress=progress)
-    num_answer = int(rows.mask_T.sum())
+    num_answer = int(rows.shards[0].mask_T.sum())
     num_masked = int((changed.ids_T != stream.ids_T).sum())
     assert num_answer > 5000
     assert bool((changed.ids_T[changed.ids_T != stream.ids_T] == 0).all())

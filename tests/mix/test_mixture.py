@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from delia.errors import MixtureError
 from delia.mix.mixture import MixConfig, count_rows, mix
 from delia.schema import Message, Mixture, Row, SeedTask
+from delia.store.pools import index_rows
 
 CHAT = (Message(role="user", content="q"), Message(role="assistant", content="a"))
 
@@ -29,8 +30,11 @@ def make_pool(**num_rows_by_source: int) -> list[Row]:
 
 
 def draw(num_task_rows: int, pool: list[Row], **settings: object) -> Mixture:
-    config = MixConfig(**settings)
-    return mix(make_task(num_task_rows), pool, config, pool_root="p", task_digest="t")
+    return name(make_task(num_task_rows), pool, MixConfig(**settings))
+
+
+def name(task: list[SeedTask], pool: list[Row], config: MixConfig, *, root="p", digest="t") -> Mixture:
+    return mix(task, index_rows(pool).group_ids(), config, pool_root=root, task_digest=digest)
 
 
 def diverse_ids(mixture: Mixture) -> list[str]:
@@ -231,20 +235,20 @@ def test_settings_that_mean_nothing_are_refused(settings):
 def test_any_changed_id_changes_the_root():
     pool, config = make_pool(a=9), MixConfig(diverse_ratio=2.0)
     task = make_task(3)
-    used = set(mix(task, pool, config, pool_root="p", task_digest="t").row_ids)
+    used = set(name(task, pool, config).row_ids)
     renamed_task = [dataclasses.replace(task[0], task_id="x"), *task[1:]]
     place = next(place for place, row in enumerate(pool) if row.row_id in used)
     renamed_pool = [*pool[:place], dataclasses.replace(pool[place], row_id="x"), *pool[place + 1 :]]
     roots = [
-        mix(task, pool, config, pool_root="p", task_digest="t").root,
-        mix(renamed_task, pool, config, pool_root="p", task_digest="t").root,
-        mix(task, renamed_pool, config, pool_root="p", task_digest="t").root,
-        mix(task[::-1], pool, config, pool_root="p", task_digest="t").root,
-        mix(task, pool, config, pool_root="q", task_digest="t").root,
-        mix(task, pool, config, pool_root="p", task_digest="u").root,
-        mix(task, pool, MixConfig(diverse_ratio=2.0, seed=1), pool_root="p", task_digest="t").root,
-        mix(task, pool, MixConfig(diverse_ratio=1.0), pool_root="p", task_digest="t").root,
+        name(task, pool, config).root,
+        name(renamed_task, pool, config).root,
+        name(task, renamed_pool, config).root,
+        name(task[::-1], pool, config).root,
+        name(task, pool, config, root="q").root,
+        name(task, pool, config, digest="u").root,
+        name(task, pool, MixConfig(diverse_ratio=2.0, seed=1)).root,
+        name(task, pool, MixConfig(diverse_ratio=1.0)).root,
     ]
 
     assert len(set(roots)) == len(roots)
-    assert mix(task, pool, config, pool_root="p", task_digest="t").root == roots[0]
+    assert name(task, pool, config).root == roots[0]

@@ -18,7 +18,7 @@ from delia.train.neighbours import (
     match_frequencies,
     permute_within,
 )
-from delia.train.rows import TASK, join_rows
+from delia.train.rows import TASK, Shards, join_rows, join_shard
 from delia.train.settings import MetersConfig
 
 CONFIG = MetersConfig(num_words=40)
@@ -45,7 +45,7 @@ def skewed(small):
     for word in SELDOM:
         ids += [word] * (1 + word % 3)
     ids += [2] * 560  # a control token that is as frequent
-    rows = join_rows([(ids, [True] * len(ids))], sources=[TASK])
+    rows = join_rows([(ids, [True] * len(ids))], sources=[TASK], has_token=[True])
     return model, replace(task, rows=rows, instruction_ids=(140, 260, 340))
 
 
@@ -127,7 +127,7 @@ def test_as_many_words_as_the_vocabulary_has_are_all_of_it(small):
 
 def test_controls_are_as_frequent_in_the_rows_as_their_words(skewed):
     model, task = skewed
-    counts = np.bincount(task.rows.ids_T, minlength=model.config.vocab_size)
+    counts = np.bincount(task.rows[0][0], minlength=model.config.vocab_size)
     mixed = replace(task, instruction_ids=(140, 260, 141, 301, 500, 501))
     meant, controls_MK, others = split_words(Neighbours.choose(model, mixed, MetersConfig(num_words=80)))
     for word, controls_K in zip(meant, controls_MK, strict=True):
@@ -187,10 +187,18 @@ def test_matching_takes_the_nearest_by_count_then_by_id_and_none_twice():
     assert match_frequencies(counts_V, [1, 2], [0, 3, 4, 5], num_controls=2).tolist() == [[3, 5], [0, 4]]
 
 
-def test_ids_are_counted_piece_by_piece(monkeypatch):
-    monkeypatch.setattr("delia.train.neighbours.COUNT_TOKENS", 7)
-    ids_T = np.random.default_rng(0).integers(50, size=100).astype(np.int32)
-    assert count_ids(ids_T, 60).tolist() == np.bincount(ids_T, minlength=60).tolist()
+def test_ids_are_counted_shard_by_shard_as_often_as_their_rows_occur():
+    ids_RL = np.random.default_rng(0).integers(50, size=(6, 10)).tolist()
+    rows = join_rows([(ids, [True] * 10) for ids in ids_RL], sources=[TASK] * 6)
+    parts = [join_shard([rows[row] for row in part]) for part in ((0, 1, 2, 3), (4, 5))]
+    cut = replace(
+        rows,
+        shards=Shards(parts),
+        shard_R=np.array([0, 0, 0, 1, 1, 1], np.int32),
+        place_R=np.array([2, 0, 2, 1, 1, 1], np.int32),
+    )
+    occurring = [token for row in (2, 0, 2, 5, 5, 5) for token in ids_RL[row]]
+    assert count_ids(cut, 60).tolist() == np.bincount(occurring, minlength=60).tolist()
 
 
 def test_a_shared_part_of_all_states_does_not_make_them_neighbours():

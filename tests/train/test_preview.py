@@ -64,7 +64,8 @@ def test_packing_is_told_in_numbers(make_input):
     """24 rows in batches of 24: all ids in one step, on two workers of at most 60 ids a micro-batch."""
     stages = (StageConfig(max_steps=3), StageConfig(rows="token", max_steps=1))
     task = make_input(stages=stages, global_batch_size=24, max_tokens_per_micro_batch=60, num_workers=2)
-    num_tokens, num_trained = len(task.rows.ids_T), int(task.rows.mask_T.sum())
+    num_tokens = sum(len(ids) for ids, _ in task.rows)
+    num_trained = sum(int(mask.sum()) for _, mask in task.rows)
     longest = max(task.rows.lengths_R)
     of_all, first, second = describe_packing(task)
     assert of_all == (

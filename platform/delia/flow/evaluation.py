@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+import pyarrow.compute as compute
+
 from delia.config import fingerprint
 from delia.evaluate.harness import EvalReport, EvaluateConfig, evaluate, report_from_table
+from delia.flow.encoding import encode_rows
 from delia.flow.serving import serve
-from delia.flow.trial import encode_rows
 from delia.flow.verify import measure_drift
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
@@ -105,9 +108,11 @@ def measure_pool_drift(
     The rows come from the end of the pool's first source; a pool larger than the mixtures keeps most
     of them untrained.
     """
-    if pool is None or num_rows == 0:
+    if pool is None or num_rows == 0 or not len(pool.index.sources):
         return {}
-    chats = [row.messages for row in pool.rows if row.source == pool.rows[0].source][-num_rows:]
+    sources = pool.index.sources
+    places = np.flatnonzero(compute.equal(sources, sources[0]).to_numpy())[-num_rows:]
+    chats = [row.messages for row in pool.index.read(places.tolist())]
     encoded = [row for row in encode_rows(chats, train, space.chat) if row is not None]
     sequences = [(list(row.input_ids), list(row.loss_mask)) for row in encoded]
     return measure_drift(dict(addresses), sequences, space.model)

@@ -13,8 +13,9 @@ from delia.curate.overlap import read_eval_rows
 from delia.errors import ConfigError
 from delia.evaluate.harness import EvaluateConfig
 from delia.evaluate.scoring import METRICS
+from delia.flow.encoding import encode_rows
 from delia.flow.pool import PoolConfig, check_room
-from delia.flow.trial import ArmConfig, encode_rows
+from delia.flow.trial import ArmConfig
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
 from delia.metrics import score_name

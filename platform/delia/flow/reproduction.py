@@ -24,7 +24,7 @@ from delia.flow.table import compare
 from delia.flow.trial import ArmConfig, plan_arm, train_arms
 from delia.flow.workspace import Workspace, connect
 from delia.schema import Split
-from delia.store.pools import Pool
+from delia.store.pools import Pool, index_rows
 from delia.synthesize.sources import SourceConfig
 
 Say = Callable[[str], None]
@@ -171,7 +171,7 @@ def _plan_controls(
     label, plans = config.control_arm, {}
     if config.narrow_word:
         rows = tuple(row for row in pool.rows if config.narrow_word in row.instruction)
-        narrow = dataclasses.replace(pool, load=lambda: rows)
+        narrow = dataclasses.replace(pool, load=lambda: index_rows(rows))
         plans[f"{label}, narrow topic"] = _Plan(config=_repeat(arm, len(rows)), pool=narrow, space=space)
     if config.num_few is not None:
         few = _repeat(arm, config.num_few)

@@ -1,9 +1,8 @@
 """One trial: a mixture -> an adapter -> its scores. What `adapt` does once and `search` many times."""
 
-import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +10,21 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayTaskError
 
-from delia.chat import ChatEncoder, EncodedChat, save_tokenizer
+from delia.chat import save_tokenizer
 from delia.config import FrozenConfig, fingerprint
-from delia.errors import DeliaError, StoppedError, TrainError
+from delia.errors import DeliaError, StoppedError
+from delia.flow.encoding import Encode, encode_here, encode_mixture, encode_on_ray
 from delia.flow.workspace import Workspace
 from delia.mix.mixture import MixConfig, mix
-from delia.schema import Adapter, Messages, Mixture
-from delia.store.pools import Pool
+from delia.schema import Adapter, Mixture
+from delia.store.pools import Pool, index_rows
 from delia.store.scores import read_score_column
 from delia.store.tables import Manifest, commit, is_finished, read_manifest, upload_directory
 from delia.train.building import TrainInput
-from delia.train.guards import check_left, check_template, check_trained
+from delia.train.guards import check_template
 from delia.train.launch import LogMetrics, catch_termination, forward_log, run_training
-from delia.train.rows import TASK, join_rows
-from delia.train.settings import RowScoresConfig, TrainConfig
+from delia.train.settings import TrainConfig
 
-logger = logging.getLogger(__name__)
 EMPTY_POOL_ROOT = "no pool"
 
 
@@ -59,7 +57,7 @@ def plan_arm(config: ArmConfig, space: Workspace, pool: Pool | None) -> Arm:
     task_rows = space.task.rows_by_split["train"]
     mixture = mix(
         task_rows,
-        pool.rows if pool else (),
+        pool.index.group_ids() if pool else {},
         config.mix,
         pool_root=pool.manifest.root if pool else EMPTY_POOL_ROOT,
         task_digest=space.task.digest,
@@ -76,91 +74,39 @@ def plan_arm(config: ArmConfig, space: Workspace, pool: Pool | None) -> Arm:
     return Arm(config=config, mixture=mixture, fingerprint=name, address=space.address("adapters", name))
 
 
-def encode_rows(
-    chats: Sequence[Messages], config: TrainConfig, chat: ChatEncoder
-) -> list[EncodedChat | None]:
-    """Turn chats into ids and masks once; None where a long row is dropped by setting.
-
-    Raises:
-        TrainError: A row without a trained token, or whose last one ends no turn.
-    """
-    return [row for row, _ in _encode(chats, config, chat)]
-
-
-def _encode(
-    chats: Sequence[Messages], config: TrainConfig, chat: ChatEncoder
-) -> Iterator[tuple[EncodedChat | None, bool]]:
-    """Yield each chat's ids and mask, and whether it was longer."""
-    for number, messages in enumerate(chats):
-        whole = chat.encode_chat(messages, train_on=config.train_on)
-        name = f"row {number}, {messages[-1].content[:80]!r},"
-        check_trained(whole.input_ids, whole.loss_mask, end_ids=chat.end_ids, name=name)
-        row = chat.fit(whole, max_length=config.max_length, on_long=config.on_long)
-        yield row, len(whole.input_ids) > config.max_length
-
-
 def build_input(
-    arm: Arm, space: Workspace, pool: Pool | None, *, allowed_modules: tuple[str, ...] = ()
+    arm: Arm,
+    space: Workspace,
+    pool: Pool | None,
+    *,
+    encode: Encode = encode_here,
+    allowed_modules: tuple[str, ...] = (),
 ) -> tuple[TrainInput, dict[str, int]]:
     """Look up the mixture's rows and encode them; also return how many long ones were dropped or truncated.
 
     Raises:
         TrainError: A row would teach nothing, or none is left.
     """
-    by_id = {row.row_id: (row.messages, row.source) for row in (pool.rows if pool else ())}
-    by_id.update({row.task_id: (row.messages, TASK) for row in space.task.rows_by_split["train"]})
-    config, chat = arm.config.train, space.chat
-    chats, sources = zip(*(by_id[row_id] for row_id in arm.mixture.row_ids), strict=True)
-    encoded = list(_encode(chats, config, chat))
-    kept = [(row, source) for (row, _), source in zip(encoded, sources, strict=True) if row is not None]
-    ids = [row_id for row_id, (row, _) in zip(arm.mixture.row_ids, encoded, strict=True) if row is not None]
-    num_dropped = len(encoded) - len(kept)
-    num_truncated = sum(is_long for _, is_long in encoded) - num_dropped
-    check_left([source for _, source in kept], sources, config)
-    if num_dropped or num_truncated:
-        logger.warning(
-            "of %d rows %d were dropped and %d truncated: train.max_length=%d, train.on_long=%s",
-            len(encoded),
-            num_dropped,
-            num_truncated,
-            config.max_length,
-            config.on_long,
-        )
-    token_ids = tuple(chat.token_ids.values()) if _moves_rows(config) else ()
-    instruction = space.task.long_instruction
+    config, chat, instruction = arm.config.train, space.chat, space.task.long_instruction
+    rows, counts = encode_mixture(
+        arm.mixture,
+        space.task.rows_by_split["train"],
+        pool.index if pool else index_rows(()),
+        config,
+        chat,
+        encode=encode,
+    )
     task = TrainInput(
         model=space.model,
         config=config,
-        rows=join_rows(
-            [(row.input_ids, row.loss_mask) for row, _ in kept],
-            sources=[source for _, source in kept],
-            has_token=[any(token in row.input_ids for token in chat.token_ids.values()) for row, _ in kept],
-            scores=look_up_scores(config.row_scores, ids) if config.row_scores else None,
-        ),
-        token_ids=token_ids,
+        rows=rows,
+        token_ids=tuple(chat.token_ids.values()) if _moves_rows(config) else (),
         instruction_ids=tuple(chat.tokenizer.encode(f" {instruction}", add_special_tokens=False))
         if instruction
         else (),
         allowed_modules=allowed_modules,
     )
-    return task, {"dropped_long": num_dropped, "truncated_long": num_truncated}
-
-
-def look_up_scores(config: RowScoresConfig, row_ids: Sequence[str]) -> list[float]:
-    """Return each row's score.
-
-    Raises:
-        StoreError: There is no such table or column.
-        TrainError: Rows without a score, and no score for such rows.
-    """
-    scores = read_score_column(config.path, config.column)
-    missing = [row_id for row_id in row_ids if row_id not in scores]
-    if missing and config.missing is None:
-        raise TrainError(
-            f"train.row_scores: {len(missing)} of {len(row_ids)} rows have no {config.column!r} in {config.path!r},"
-            f" the first is {missing[0]!r}; score them, or set train.row_scores.missing to a score for such rows"
-        )
-    return [scores.get(row_id, config.missing or 0.0) for row_id in row_ids]
+    return task, counts
 
 
 def _moves_rows(config: TrainConfig) -> bool:
@@ -206,13 +152,16 @@ def train_arms(
         while running or (waiting and not is_stopping.is_set()):
             while waiting and len(running) < max_concurrent and not is_stopping.is_set():
                 name = waiting.pop(0)
-                task, num_by_fate = build_input(arms[name], space, pool, allowed_modules=allowed_modules)
+                task, num_by_fate = build_input(
+                    arms[name], space, pool, encode=encode_on_ray, allowed_modules=allowed_modules
+                )
                 sink = everything.enter_context(ExitStack())
                 log = sink.enter_context(forward_log(logs[name], is_stopping=is_stopping))
                 storage = space.address("checkpoints", "")
                 reference = _train_remotely.remote(
                     task, arms[name].fingerprint, storage, arms[name].address, log
                 )
+                del task  # the training alone keeps its shards, and they go with it
                 running[reference] = _Running(name, time.monotonic(), sink, num_by_fate)
             done, _ = ray.wait(list(running), num_returns=1)
             ended = running.pop(done[0])

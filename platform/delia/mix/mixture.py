@@ -14,7 +14,7 @@ from pydantic import Field
 from delia.config import FrozenConfig
 from delia.errors import MixtureError
 from delia.rng import hash_text, make_random
-from delia.schema import Mixture, Row, SeedTask
+from delia.schema import Mixture, SeedTask
 
 
 class MixConfig(FrozenConfig):
@@ -53,7 +53,7 @@ def count_rows(total: int, shares: Mapping[str, float]) -> dict[str, int]:
     return counts
 
 
-def _draw_source(name: str, row_ids: list[str], needed: int, config: MixConfig) -> list[str]:
+def _draw_source(name: str, row_ids: Sequence[str], needed: int, config: MixConfig) -> list[str]:
     ordered = sorted(row_ids)  # whatever order the pool was read in
     make_random(config.seed, "mix", name).shuffle(ordered)
     num_distinct = min(needed, config.num_distinct or needed)
@@ -64,26 +64,30 @@ def _draw_source(name: str, row_ids: list[str], needed: int, config: MixConfig) 
 
 def mix(
     task_rows: Sequence[SeedTask],
-    pool_rows: Sequence[Row],
+    pool_ids: Mapping[str, Sequence[str]],
     config: MixConfig,
     *,
     pool_root: str,
     task_digest: str,
 ) -> Mixture:
-    """Return the mixture of all task rows with `diverse_ratio` diverse rows each.
+    """Return the mixture of all task rows, which come first, with `diverse_ratio` diverse rows each.
+
+    Args:
+        task_rows: The task's rows to train on.
+        pool_ids: Source -> the row ids of the pool.
+        config: How much, from which sources.
+        pool_root: What the ids stand for.
+        task_digest: What the task rows are.
 
     Raises:
         MixtureError: The pool can't supply a source's part, with the numbers and the ways out.
     """
     total = round(len(task_rows) * config.diverse_ratio)
-    by_source: dict[str, list[str]] = {}
-    for row in pool_rows:
-        by_source.setdefault(row.source, []).append(row.row_id)
-    held = sum(map(len, by_source.values()))
-    shares = config.shares or {name: len(ids) / held for name, ids in by_source.items()}
+    held = sum(map(len, pool_ids.values()))
+    shares = config.shares or {name: len(ids) / held for name, ids in pool_ids.items()}
     diverse: list[str] = []
     for name, needed in sorted(count_rows(total, shares).items()) if total else ():
-        drawn = _draw_source(name, by_source.get(name, []), needed, config)
+        drawn = _draw_source(name, pool_ids.get(name, ()), needed, config)
         if len(drawn) < needed:
             largest = math.floor(1000 * len(drawn) / (len(task_rows) * shares[name])) / 1000
             raise MixtureError(

@@ -2,28 +2,31 @@
 
     pool/  rows.parquet  rejected.parquet  manifest.json     write_pool, read_pool, read_rejections
 
-A pool is written table by table, so it may be larger than memory; its rows are read when they are asked for.
+A pool is written table by table and read place by place, so it may be larger than memory: its index has ids and
+sources alone.
 Its root is the Merkle root over its rows' leaves in the order (source, index).
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as compute
 
 from delia.errors import StoreError
 from delia.schema import Rejection, Row
 from delia.store.candidates import REJECTION_SCHEMA, ROW_SCHEMA, from_rejection_table, from_row_table
-from delia.store.merkle import MerkleTree, merkle_root
+from delia.store.merkle import MerkleTree
 from delia.store.tables import (
     Manifest,
     commit,
     is_finished,
     join,
+    open_parquet,
     open_table,
     read_manifest,
     read_table,
@@ -34,24 +37,54 @@ ROWS = "rows.parquet"
 REJECTED = "rejected.parquet"
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PoolIndex:
+    """Which rows a pool has, in the order (source, index), without their texts.
+
+    Attributes:
+        row_ids: Arrow strings; a row's place is where its id stands.
+        sources: Arrow strings, parallel.
+        read: Reads the rows at some places, in ascending order, on any process that reaches the storage; a row
+            that was changed is a StoreError.
+    """
+
+    row_ids: pa.ChunkedArray
+    sources: pa.ChunkedArray
+    read: Callable[[Sequence[int]], tuple[Row, ...]]
+
+    def group_ids(self) -> dict[str, list[str]]:
+        """Return the row ids of each source."""
+        names = self.sources.unique().to_pylist()
+        return {name: self.row_ids.filter(compute.equal(self.sources, name)).to_pylist() for name in names}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pool:
     """A finished pool: its manifest, and its rows where they are asked for.
 
-    `load` reads and verifies the rows, in the order (source, index); two pools are compared by their manifests.
+    `load` reads the index and verifies it; two pools are compared by their manifests.
     """
 
     manifest: Manifest
-    load: Callable[[], tuple[Row, ...]] = field(compare=False, repr=False)
+    load: Callable[[], PoolIndex] = field(compare=False, repr=False)
+
+    @cached_property
+    def index(self) -> PoolIndex:
+        """Return which rows there are, read once.
+
+        Raises:
+            StoreError: They are not those that were committed.
+        """
+        return self.load()
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """Return the accepted rows, read once.
+        """Return all accepted rows, read once; they must fit in memory.
 
         Raises:
             StoreError: They were changed since they were committed.
         """
-        return self.load()
+        return self.index.read(range(len(self.index.row_ids)))
 
 
 def write_pool(  # a pool's two tables and the three fields of its manifest
@@ -139,26 +172,58 @@ def _check_rows(tables: Iterable[pa.Table]) -> MerkleTree:
 
 
 def read_pool(address: str) -> Pool:
-    """Open a finished pool; its rows are read, and verified against its root, when they are asked for.
+    """Open a finished pool; its index is read, and verified against its root, when it is asked for.
 
     Raises:
         StoreError: It is unfinished, of another kind or a newer format.
     """
     manifest = read_manifest(address, kind=KIND)
-    return Pool(manifest=manifest, load=partial(_load_rows, address, manifest))
+    return Pool(manifest=manifest, load=partial(_load_index, address, manifest))
 
 
-def _load_rows(address: str, manifest: Manifest) -> tuple[Row, ...]:
-    rows = from_row_table(read_table(join(address, ROWS)), address=address)
-    root = merkle_root(row.leaf for row in rows)
+def _load_index(address: str, manifest: Manifest) -> PoolIndex:
+    tree, ids, sources = MerkleTree(), [], []
+    with open_parquet(join(address, ROWS)) as file:
+        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+        for batch in file.iter_batches(columns=["row_id", "source", "leaf"]):
+            ids.append(batch["row_id"])
+            sources.append(batch["source"])
+            for leaf in batch["leaf"].to_pylist():
+                tree.add(leaf)
     num_accepted = manifest.counts["accepted"]
     # The count too: a Merkle root pads odd levels, so a last row said twice can have the same root.
-    if root != manifest.root or len(rows) != num_accepted:
+    if tree.root != manifest.root or tree.num_leaves != num_accepted:
         raise StoreError(
-            f"{address!r}: {len(rows)} rows have root {root}, but {num_accepted} rows with root"
+            f"{address!r}: {tree.num_leaves} rows have root {tree.root}, but {num_accepted} rows with root"
             f" {manifest.root} were committed; restore {ROWS}, or make the pool again"
         )
-    return rows
+    starts = np.cumsum([0, *(group.num_rows for group in groups)])
+    return PoolIndex(
+        row_ids=pa.chunked_array(ids, pa.string()),
+        sources=pa.chunked_array(sources, pa.string()),
+        read=partial(_read_places, join(address, ROWS), starts.tolist()),
+    )
+
+
+def _read_places(address: str, starts: Sequence[int], places: Sequence[int]) -> tuple[Row, ...]:
+    """Read rows at ascending places, one row group at a time; the rows of each begin at `starts`."""
+    places_P = np.asarray(places, np.int64)
+    group_P = np.searchsorted(starts, places_P, side="right") - 1
+    rows: list[Row] = []
+    with open_parquet(address) as file:
+        for group in np.unique(group_P).tolist():
+            table = file.read_row_group(group).take(places_P[group_P == group] - starts[group])
+            rows += from_row_table(table, address=address)
+    return tuple(rows)
+
+
+def index_rows(rows: Sequence[Row]) -> PoolIndex:
+    """Return the index of rows in memory."""
+    return PoolIndex(
+        row_ids=pa.chunked_array([[row.row_id for row in rows]], pa.string()),
+        sources=pa.chunked_array([[row.source for row in rows]], pa.string()),
+        read=lambda places: tuple(rows[place] for place in places),
+    )
 
 
 def read_rejections(address: str) -> list[Rejection]:

@@ -225,8 +225,28 @@ def read_table(address: str) -> pa.Table:
         StoreError: It is missing, not Parquet, or was cut or changed after it was written.
     """
     data = read_bytes(address)
-    try:
+    with _parsing(address):
         return pq.read_table(pa.BufferReader(data))
+
+
+@contextmanager
+def open_parquet(address: str) -> Iterator[pq.ParquetFile]:
+    """Open one Parquet file to read parts of it.
+
+    Raises:
+        StoreError: See `read_table`.
+    """
+    if not exists(address):
+        raise StoreError(f"no file at {address!r}")
+    filesystem, path = open_filesystem(address)
+    with _parsing(address), filesystem.open_input_file(path) as source:
+        yield pq.ParquetFile(source, pre_buffer=True)
+
+
+@contextmanager
+def _parsing(address: str) -> Iterator[None]:
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise StoreError(

@@ -30,7 +30,7 @@ from delia.train.settings import StageConfig, TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainInput:
-    """Everything a worker needs beside its rank; travels once through Ray's object store."""
+    """Everything a worker needs beside its rank; travels once through Ray's object store, but for the rows' tokens."""
 
     model: ModelConfig
     config: TrainConfig

@@ -29,13 +29,12 @@ from delia.rng import derive_seed, make_random
 from delia.store.models import ModelConfig, resolve_model
 from delia.train.building import TrainInput, find_layers
 from delia.train.passes import add_pass, reshard, run_decoder
+from delia.train.rows import TrainRows
 from delia.train.settings import MetersConfig
 
 MAX_PREFIX = 64
 """Tokens before the word that are read at most."""
 PASS_TOKENS = 2048
-COUNT_TOKENS = 1 << 24
-"""Tokens that are counted at a time: `bincount` makes a copy of eight bytes each."""
 MAX_CONTROLS = 4
 """Control words of each word of the instruction; more add little power, and lie further off in frequency."""
 
@@ -75,7 +74,7 @@ class Neighbours:
         token_id = task.token_ids[0]
         prefixes = [
             ids[: list(ids).index(token_id)].tolist()
-            for ids, _ in (task.rows[row] for row in range(len(task.rows)))
+            for ids, _ in (task.rows[row] for row in np.flatnonzero(task.rows.has_token_R).tolist())
             if token_id in ids[1:] and ids[0] != token_id
         ]
         meant = sorted(set(task.instruction_ids) - set(task.token_ids))
@@ -91,7 +90,7 @@ class Neighbours:
         num_controls = max(1, min(MAX_CONTROLS, num_words // 2 // len(meant)))
         if num_words < num_controls * len(meant):
             return None
-        counts_V = count_ids(task.rows.ids_T, size)
+        counts_V = count_ids(task.rows, size)
         controls_MK = match_frequencies(counts_V, meant, candidates, num_controls=num_controls)
         controls = controls_MK.flatten().tolist()
         left = sorted(set(candidates).difference(controls))
@@ -193,11 +192,11 @@ def list_text_ids(model: ModelConfig) -> set[int]:
     }
 
 
-def count_ids(ids_T: NDArray[np.int32], vocab_size: int) -> NDArray[np.int64]:
-    """Return how often each id of the vocabulary occurs, [V]."""
+def count_ids(rows: TrainRows, vocab_size: int) -> NDArray[np.int64]:
+    """Return how often each id of the vocabulary occurs, [V]; every shard is read, one at a time."""
     counts_V = np.zeros(vocab_size, np.int64)
-    for start in range(0, len(ids_T), COUNT_TOKENS):
-        counts_V += np.bincount(ids_T[start : start + COUNT_TOKENS], minlength=vocab_size)
+    for ids_T, times_T in rows.stream_ids():
+        counts_V += np.bincount(ids_T, times_T, vocab_size).astype(np.int64)  # float64, exact below 2**53
     return counts_V
 
 
