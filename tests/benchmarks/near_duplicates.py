@@ -7,6 +7,8 @@ does not keep both, precision the share of what it drops that is near to some te
 all that share a trigram up to 10^4 texts, and by a prefix filter up to 10^5: of two sets that are so similar, the rarest
 few members of both have one in common (Chaudhuri, Ganti and Kaushik 2006). For more texts only planted pairs are known.
 
+How a tool grows is the exponent of seconds in texts over all numbers that were measured: 1 is linear, 2 compares all with all.
+
 Neither peer measures a pair: what datasketch proposes is believed here, as its users do, and text-dedup merges all that it
 proposes into clusters and keeps one text of each.
 """
@@ -17,13 +19,15 @@ import math
 import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from delia.curate.dedup import SeenInstructions, make_shingles, measure_jaccard
@@ -50,7 +54,7 @@ def make_texts(num_texts: int) -> tuple[list[str], list[Pair]]:
     """Return texts of 12 to 40 words of Zipf's frequencies, and the pairs of a copy and its original that are near."""
     rng = random.Random(0)
     words = [f"w{number}" for number in range(NUM_WORDS)]
-    weights = [1 / (rank + 10) for rank in range(NUM_WORDS)]
+    cumulative = list(accumulate(1 / (rank + 10) for rank in range(NUM_WORDS)))
     texts: list[str] = []
     planted: list[Pair] = []
     originals: list[int] = []
@@ -68,7 +72,7 @@ def make_texts(num_texts: int) -> tuple[list[str], list[Pair]]:
             ):
                 planted.append((original, place))
         else:
-            texts.append(" ".join(rng.choices(words, weights, k=rng.randint(12, 40))))
+            texts.append(" ".join(rng.choices(words, cum_weights=cumulative, k=rng.randint(12, 40))))
             originals.append(place)
     return texts, planted
 
@@ -153,22 +157,49 @@ def _read_seconds(log: str) -> float:
     return sum(float(steps[name]) for name in ("MinHashing", "Clustering", "Filtering"))
 
 
+def measure_growth(seconds_by_size: Mapping[int, float]) -> float:
+    """Return the exponent of seconds in texts: the slope of its logarithm on theirs, by least squares.
+
+    Raises:
+        ValueError: Fewer than two numbers of texts were measured.
+    """
+    if len(seconds_by_size) < 2:
+        raise ValueError(
+            f"growth wants two numbers of texts or more, got {sorted(seconds_by_size)}; name others"
+        )
+    texts = [math.log(size) for size in seconds_by_size]
+    seconds = [math.log(value) for value in seconds_by_size.values()]
+    return statistics.linear_regression(texts, seconds).slope
+
+
+def _describe_growth(seconds: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """Return a table of exponents, a tool each; nothing of a single number of texts."""
+    if any(len(by_size) < 2 for by_size in seconds.values()):
+        return []
+    lines = [f"| {name} | {measure_growth(by_size):.2f} |" for name, by_size in seconds.items()]
+    return ["", "Seconds grow with texts to the power of", "", "| tool | exponent |", "|---|---|", *lines]
+
+
 def describe_near_duplicates(sizes: Sequence[int] = SIZES) -> str:
-    """Measure every tool on every number of texts; return the table."""
+    """Measure every tool on every number of texts; return what was found, and how each grows."""
     versions = {name: importlib.metadata.version(name) for name in ("datasketch", "text-dedup")}
-    lines = []
+    lines: list[str] = []
+    seconds: dict[str, dict[int, float]] = defaultdict(dict)
     for size in sizes:
         texts, planted = make_texts(size)
         is_known = size <= MAX_PREFIX
         pairs = find_pairs(texts, by_prefix=size > MAX_ALL_PAIRS) if is_known else planted
         for run in (run_ours, run_datasketch, run_text_dedup):
             measured = run(texts)
+            seconds[measured.name][size] = measured.seconds
             recall, precision = rate(measured.dropped, pairs)
             shown = f"{precision:.4f}" if is_known else "-"
             lines.append(
                 f"| {size:,} | {measured.name} | {size / measured.seconds:,.0f} | {recall:.4f} | {shown} |"
             )
             print(lines[-1], flush=True)
+    growth = _describe_growth(seconds)
+    print("\n".join(growth), flush=True)
     return "\n".join(
         (
             f"Texts of 12 to 40 words, 30 % of them copies of others with up to two words changed; Jaccard {THRESHOLD}"
@@ -178,5 +209,6 @@ def describe_near_duplicates(sizes: Sequence[int] = SIZES) -> str:
             "| texts | tool | rows/s | recall | precision |",
             "|---|---|---|---|---|",
             *lines,
+            *growth,
         )
     )

@@ -1,9 +1,14 @@
 """Exact and near duplicates, and the search for them against brute force."""
 
+import math
 import random
+from collections import Counter
+from collections.abc import Callable
 
+import near_duplicates
 import numpy as np
 import pytest
+from rensa import RMinHashLSH
 from scipy.sparse import csr_array
 
 from delia.curate.dedup import (
@@ -153,3 +158,65 @@ def test_minhash_finds_what_brute_force_finds_among_2000_instructions(threshold:
     assert len(texts) >= 2000
     assert num_due > 150
     assert num_found >= 0.99 * num_due
+
+
+# ---- how the work grows
+
+
+@pytest.fixture
+def count_work(monkeypatch) -> Callable[[list[str]], Counter[str]]:
+    """Return a function of texts: how much of each kind of work decides on all of them, and how many are refused."""
+    done: Counter[str] = Counter()
+
+    class CountingIndex:
+        def __init__(self, **options) -> None:
+            self._index = RMinHashLSH(**options)
+
+        def query(self, sketch):
+            proposed = self._index.query(sketch)
+            done["lookups"] += 1
+            done["proposed"] += len(proposed)
+            return proposed
+
+        def insert(self, number, sketch) -> None:
+            done["insertions"] += 1
+            self._index.insert(number, sketch)
+
+    def count(name, function):
+        def counted(*args):
+            done[name] += 1
+            return function(*args)
+
+        return counted
+
+    monkeypatch.setattr("delia.curate.dedup.RMinHashLSH", CountingIndex)
+    monkeypatch.setattr("delia.curate.dedup.measure_jaccard", count("measured", measure_jaccard))
+    monkeypatch.setattr("delia.curate.dedup.make_shingles", count("shingled", make_shingles))
+
+    def run(texts: list[str]) -> Counter[str]:
+        done.clear()
+        seen = SeenInstructions(threshold=near_duplicates.THRESHOLD)
+        done["refused"] = sum(admit(seen, text) is not None for text in texts)
+        return Counter(done)
+
+    return run
+
+
+def test_work_grows_with_the_number_of_texts_and_no_faster(count_work):
+    """Ten times the texts of one distribution: what a text costs grows by 5 % at most, of every kind of work."""
+    few, many = 2_000, 20_000
+    texts, _ = near_duplicates.make_texts(many)
+    small, large = count_work(texts[:few]), count_work(texts)
+
+    assert small["refused"] > 0.15 * few  # the search has something to find
+    assert large["proposed"] >= large["measured"] >= 0.15 * many
+    for kind, number in large.items():
+        assert number / many <= 1.05 * small[kind] / few, (kind, small, large)
+
+
+def test_the_exponent_of_growth_is_that_of_a_power_of_the_number_of_texts():
+    for exponent in (1.0, 1.5, 2.0):
+        seconds = {size: 3e-5 * size**exponent for size in (10**4, 10**5, 10**6)}
+        assert math.isclose(near_duplicates.measure_growth(seconds), exponent)
+    with pytest.raises(ValueError, match=r"two numbers of texts or more, got \[10000\]"):
+        near_duplicates.measure_growth({10**4: 1.0})

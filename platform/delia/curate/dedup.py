@@ -9,7 +9,8 @@ answer never matters.
 The threshold acts on short texts in steps. "what is the capital of france ?" and "... of spain ?" share
 3 of 7 trigrams (0.43) and both stay at 0.8; but of two instructions of 40 words that differ in one inner
 word, 35 of 41 trigrams are shared (0.85) and the later goes. Templated instructions with a long fixed
-part want a higher threshold, or None.
+part want a higher threshold, or None: those two are also proposed in vain two times in three, and the
+work grows with the square of their number. Of other texts hardly any are, and it grows with the number.
 """
 
 from rensa import RMinHash, RMinHashLSH
