@@ -64,9 +64,20 @@ def diverse_attribute_grid() -> AdaptConfig:
 
 
 def diverse_rewriting() -> AdaptConfig:
-    """Other wordings of the task's instruction beside self-sampled rows."""
+    """Other wordings of the task's instruction beside self-sampled rows.
+
+    The starter rewrites at its own world's request alone, and of words for a format it knows those of its world.
+    A chat model takes the method's defaults too: `--set 'pool.synthesize.sources.1.synthesizer.knobs={}'`.
+    """
     magpie = _source("magpie", "magpie.Magpie")
-    reworded = _source("reworded", "rewriting.Rewriting", num_rows=100)
+    reworded = SourceConfig(
+        name="reworded",
+        synthesizer=MethodConfig(
+            method="delia.methods.synthesizer.rewriting.Rewriting",
+            knobs={"request": "write this in another way : {instruction}", "stand_in": "record"},
+        ),
+        num_rows=100,
+    )
     shares = {"magpie": 0.9, "reworded": 0.1}
     return _adapt_with("diverse_rewriting", magpie, reworded, shares=shares)
 
