@@ -59,6 +59,8 @@ def engine_options(config: EngineConfig) -> dict[str, Any]:
         # vLLM 0.32 rewinds the generator of a seeded request after a partial prefill, which a CPU
         # generator can't do: on CPU prompts are prefilled whole
         "enable_chunked_prefill": on_gpu,
+        # white space between the parts of a JSON answer has no end: a small model fills its limit with it
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     }
     if config.tensor_parallel_size > 1:
         # inside a placement group vLLM would take Ray's executor, and ask for GPUs that this replica holds
