@@ -220,7 +220,7 @@ def check_s3ft(made: Made, ask: Callable[[list[Request]], list[Completion]]) -> 
         reference, kept = context.chats[row.index][-1].content, row.messages[-1].content
         assert kept in judged or kept == reference
         num_own += kept != reference
-    assert 0 < num_own < len(steps)
+    assert num_own > 0
 
 
 @pytest.fixture(scope="module")
