@@ -231,7 +231,7 @@ def test_a_driver_that_is_asked_to_stop_leaves_a_checkpoint_of_that_very_step(ma
 
 @pytest.mark.soak
 def test_a_training_that_was_asked_to_stop_goes_on_with_another_number_of_workers(make_driver):
-    """Without dropout, which is drawn by worker; rounding is all that differs."""
+    """Without dropout, which is drawn by worker; rounding is all that differs, 1e-5 of each tensor's norm at most."""
     expected = make_driver(**SHORT, dropout=0.0).finish()
     driver = make_driver(**SHORT, dropout=0.0)
     driver.reach(25)
@@ -247,8 +247,8 @@ def test_a_training_that_was_asked_to_stop_goes_on_with_another_number_of_worker
     tensors = driver.finish()
     assert driver.read_steps() == list(range(1, 241))
     assert before[-1] < 240, "the signal came too late to show anything"
-    for name, value in expected.items():
-        torch.testing.assert_close(tensors[name], value, atol=1e-4, rtol=0)
+    far = {name: float((tensors[name] - value).norm() / value.norm()) for name, value in expected.items()}
+    assert {name: share for name, share in far.items() if not share <= 1e-5} == {}
 
 
 @pytest.mark.soak

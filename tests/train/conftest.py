@@ -32,6 +32,7 @@ from delia.train.snapshot import SNAPSHOT
 TOKEN = 7
 PATIENCE = 600
 MakeInput = Callable[..., TrainInput]
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -140,6 +141,19 @@ def measure_loss() -> Callable[[Any, TrainInput], float]:
         return nats / count
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def find_far() -> Callable[..., dict[str, float]]:
+    """Return a function: tensors over 1e-5 from the expected, as a share of its norm, or of its move from a start."""
+
+    def find(found: Tensors, expected: Tensors, start: Tensors | None = None) -> dict[str, float]:
+        assert found.keys() == expected.keys()
+        moved = {name: value if start is None else value - start[name] for name, value in expected.items()}
+        norms = {name: float((found[name] - value).norm()) for name, value in expected.items()}
+        return {name: norm for name, norm in norms.items() if not norm <= 1e-5 * float(moved[name].norm())}
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -81,13 +81,20 @@ def test_dropout_is_drawn_anew_in_each_step_on_each_worker_and_for_each_micro_ba
     assert alike == []
 
 
-def test_a_checkpoint_of_two_workers_goes_on_with_one(run_of_two, run_of_one, train_here, make_input):
+def test_a_checkpoint_of_two_workers_goes_on_with_one(
+    run_of_two, run_of_one, train_here, make_input, find_far
+):
+    """Held to 1e-5: each loss, and the distance of each tensor as a share of its norm.
+
+    LoRA's B and the token's rows begin at zero, so that of them it is a share of all that they have learnt. It was
+    found to be 7e-7 at most, here and after 240 steps: the order in which float32 is added up.
+    """
     rest = train_here(make_input(), run_of_two.checkpoints[6])
     assert list(rest.losses) == list(range(7, 13))
     expected = [run_of_one.losses[step] for step in rest.losses]
     assert list(rest.losses.values()) == pytest.approx(expected, rel=1e-5)
-    for name, value in rest.tensors.items():
-        torch.testing.assert_close(value, run_of_two.tensors[name], atol=1e-4, rtol=0)
+    assert find_far(rest.tensors, run_of_two.tensors) == {}
+    assert find_far(rest.tensors, run_of_one.tensors) == {}
 
 
 def test_a_finished_run_started_again_trains_nothing_and_leaves_the_same(
