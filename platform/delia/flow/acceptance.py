@@ -223,9 +223,10 @@ class Acceptance:
 
     def _render(self, candidate: Row | Rejection) -> Row | Rejection:
         """Return the candidate, or the rejection of a row that the template refuses, with why as its text."""
+        if isinstance(candidate, Rejection):
+            return candidate
         try:
-            if isinstance(candidate, Row):
-                self._space.chat.encode_chat(candidate.messages)
+            self._space.chat.encode_chat(candidate.messages)
         except ChatError as error:
             return replace(reject(candidate, UNRENDERABLE), text=str(error)[:MAX_REJECTED_TEXT])
         return candidate
