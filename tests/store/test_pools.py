@@ -211,8 +211,11 @@ def test_a_finished_pool_is_not_overwritten_with_other_rows(address: str):
     assert read_pool(address).rows == tuple(ROWS)
 
 
-def test_writing_the_same_pool_again_is_no_fault(address: str):
+def test_writing_the_same_pool_again_is_no_fault_and_leaves_its_files(address: str):
+    before = {path: path.stat().st_ino for path in Path(address).iterdir()}
+
     assert write(address, rows=ROWS) == read_pool(address)
+    assert {path: path.stat().st_ino for path in Path(address).iterdir()} == before
 
 
 def write_candidates(path: str, candidates: list[Row | Rejection]) -> None:

@@ -96,7 +96,7 @@ def write_pool(  # a pool's two tables and the three fields of its manifest
     parents: Mapping[str, str],
     details: Mapping[str, Any],
 ) -> Pool:
-    """Write a pool and commit it; the manifest is written last.
+    """Write a pool and commit it; the manifest is written last. One that is finished is left as it is.
 
     Args:
         address: Directory; other files in it, such as `parts/`, are left alone.
@@ -117,6 +117,7 @@ def write_pool(  # a pool's two tables and the three fields of its manifest
                 f"{address!r} holds a finished pool with root {found}, this one has {tree.root};"
                 " a stored pool is not overwritten: write to another directory"
             )
+        return read_pool(address)  # of a killed job's acceptance and its successor, the later one comes here
     reasons: Counter[str] = Counter()
     num_written = 0
     with open_table(join(address, ROWS), ROW_SCHEMA) as writer:
