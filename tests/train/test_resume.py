@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+import ray
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 from delia.errors import TrainError
 from delia.train.guards import Outcome
-from delia.train.launch import catch_termination, forward_log
+from delia.train.launch import RemoteLog, catch_termination, forward_log, work
 from delia.train.rows import TASK, join_rows
 from delia.train.settings import StageConfig
 from delia.train.snapshot import SNAPSHOT
@@ -235,6 +238,39 @@ def test_the_first_signal_is_noted_and_the_second_does_what_it_did_before():
         assert heard == [signal.SIGTERM] * 2, "the handler before is not put back"
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_the_lines_of_a_worker_that_ends_are_not_lost_on_their_way(cluster):
+    @ray.remote(num_cpus=0)
+    class SlowSink:
+        """A log that starts after its writer is done, as on a machine with much else to do."""
+
+        def __init__(self) -> None:
+            time.sleep(3)
+            self.steps = []
+
+        def put(self, metrics: dict[str, float], step: int) -> None:
+            self.steps.append(step)
+
+        def read(self) -> list[int]:
+            return self.steps
+
+    @ray.remote(num_cpus=0)
+    class Writer:
+        """A worker that only logs."""
+
+        def run(self, settings: dict[str, Any]) -> None:
+            def train(settings: dict[str, Any]) -> None:
+                for step in (1, 2):
+                    settings["log"]({}, step)
+
+            with patch("delia.train.launch.train_worker", train):
+                work(settings)
+
+    sink, writer = SlowSink.remote(), Writer.remote()
+    ray.get(writer.run.remote({"log": RemoteLog(sink)}))
+    ray.kill(writer)
+    assert ray.get(sink.read.remote()) == [1, 2]
 
 
 def test_the_wish_to_stop_reaches_a_worker_through_the_log(cluster):

@@ -36,12 +36,17 @@ TRAINED: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Step:
-    """What the loop had of a step, whole: `mesh` is the shape of that which parameters lie on, () for none."""
+    """What the loop had of a step, whole: `mesh` is the shape of that which parameters lie on, () for none.
+
+    `gathered` names the parameters that the first worker had whole after a reading of the meters, after the
+    last forward pass and after its backward pass.
+    """
 
     loss: float
     norm: float
     gradients: dict[str, torch.Tensor]
     mesh: tuple[int, ...]
+    gathered: dict[str, list[str]]
     readings: dict[str, float]
 
 
@@ -130,6 +135,23 @@ def test_meters_count_each_shard_once(step_together, make_input, group):
     expected = {name: value for name, value in one.items() if name not in costs}
     assert expected["train/source_gradient_norm/diverse"] > 0
     assert {name: four[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("token_ids", [(), (7,)], ids=["KL", "neighbours"])
+def test_no_worker_keeps_what_it_gathered(step_together, make_input, token_ids):
+    """Whichever pass without a backward ends a reading; between forward and backward the root alone is whole.
+
+    What stays gathered costs memory, and a later pass reads it for the parameters, changed or not.
+    """
+    settings = TRAINED["lora"] | {"meters": MetersConfig(num_rows=4, num_words=40)}
+    task = make_input(**settings, token_ids=token_ids, num_workers=2)
+    step = step_together(replace(task, instruction_ids=(40, 41, 42)))
+    assert any("token_rank" in name for name in step.readings) == bool(token_ids)
+    assert "train/off_task_kl" in step.readings
+    assert (step.gathered["reading"], step.gathered["backward"]) == ([], [])
+    roots = step.gathered["forward"]
+    assert any("embed_tokens" in name for name in roots)
+    assert [name for name in roots if ".layers." in name] == []
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@
 
 Each run has a process group of its own. Files are lines.json, what the first worker logged, and a directory a
 checkpoint, into which every worker puts its shards. A worker that does "step" leaves, instead of checkpoints,
-step.pt: what the loop has of a step before it moves anything, whole.
+step.pt: what the loop has of a step before it moves anything, whole, and which parameters lay there gathered.
 """
 
 import json
@@ -66,24 +66,43 @@ def train(task: TrainInput, rank: int, num_workers: int, folder: Path) -> None:
 def kept_gradients(rank: int, folder: Path) -> Iterator[None]:
     """Let the loop start from an adapter that has moved, and keep the gradients that it is about to clip."""
     built: list[PreTrainedModel] = []
+    gathered: dict[str, list[str]] = {}
 
     def build(task: TrainInput) -> PreTrainedModel:
         built.append(build_model(task))
         move(built[0])
+        compute_loss = built[0].compute_loss
+
+        def compute(*arguments: Any) -> Any:
+            found = compute_loss(*arguments)
+            gathered["forward"] = name_gathered(built[0])
+            return found
+
+        built[0].compute_loss = compute
         return built[0]
 
+    def read(meters: loop.Meters, optimizer: torch.optim.AdamW) -> dict[str, float]:
+        readings = read_meters(meters, optimizer)
+        gathered["reading"] = name_gathered(built[0])
+        return readings
+
     def clip(parameters: list[nn.Parameter], max_norm: float) -> float:
+        gathered["backward"] = name_gathered(built[0])
         named = dict(built[0].named_parameters())
         gradients = {name: gather(p.grad).clone() for name, p in named.items() if p.grad is not None}
         first = next(iter(named.values()))
         mesh = tuple(first.device_mesh.shape) if isinstance(first, DTensor) else ()
         norm = clip_gradients(parameters, max_norm)
         if rank == 0:
-            torch.save({"gradients": gradients, "norm": norm, "mesh": mesh}, folder / "step.pt")
+            found = {"gradients": gradients, "norm": norm, "mesh": mesh, "gathered": gathered}
+            torch.save(found, folder / "step.pt")
         return norm
 
-    build_model, clip_gradients = loop.build_model, loop.clip_gradients
-    with patch.multiple(loop, build_model=build, clip_gradients=clip, report_checkpoint=lambda *_: None):
+    build_model, clip_gradients, read_meters = loop.build_model, loop.clip_gradients, loop.Meters.read
+    with (
+        patch.multiple(loop, build_model=build, clip_gradients=clip, report_checkpoint=lambda *_: None),
+        patch.object(loop.Meters, "read", read),
+    ):
         yield
 
 
@@ -97,6 +116,11 @@ def move(model: PreTrainedModel) -> None:
             if isinstance(parameter, DTensor):
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
             parameter.copy_(value)
+
+
+def name_gathered(model: nn.Module) -> list[str]:
+    """Return the parameters that this worker has whole, and not its shard of."""
+    return [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -63,14 +63,21 @@ class LogSink:
 
 @dataclass
 class RemoteLog:
-    """A worker's line to its driver; it never waits for it."""
+    """A worker's line to its driver; it never waits for it, but at the end."""
 
     sink: Any
     _answer: Any = field(default=None, init=False)
+    _sent: Any = field(default=None, init=False)
 
     def __call__(self, metrics: dict[str, float], step: int) -> None:
         """Send one line."""
-        self.sink.put.remote(metrics, step)
+        self._sent = self.sink.put.remote(metrics, step)
+
+    def flush(self) -> None:
+        """Wait until all lines have come: what is on its way when its sender ends is lost."""
+        if self._sent is not None:
+            with suppress(RayActorError):  # with its node; nobody will read them
+                ray.get(self._sent)  # lines of one sender come in order
 
     def asks_to_stop(self) -> bool:
         """Tell whether the driver wants an end; what it knows is as old as the last call."""
@@ -146,6 +153,13 @@ def forward_log(log: LogMetrics, *, is_stopping: threading.Event | None = None) 
         ray.kill(sink)
 
 
+def work(settings: Mapping[str, Any]) -> Outcome:
+    """Run on each worker: train, and end when the driver's log has all lines."""
+    outcome = train_worker(settings)
+    settings["log"].flush()
+    return outcome
+
+
 def run_training(task: TrainInput, *, name: str, storage: str, output: str, log: LogMetrics) -> None:
     """Train, or go on where a killed run of the same name stopped; write the adapter's files.
 
@@ -165,7 +179,7 @@ def run_training(task: TrainInput, *, name: str, storage: str, output: str, log:
     mend_snapshot(join(storage, name))
     with forward_log(log) as remote_log:
         trainer = TorchTrainer(
-            train_worker,  # type: ignore[arg-type]  # V2 hands on what the first worker returns
+            work,  # type: ignore[arg-type]  # V2 hands on what the first worker returns
             train_loop_config={"input": [ray.put(task)], "log": remote_log},
             torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
             scaling_config=ScalingConfig(
