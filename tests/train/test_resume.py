@@ -240,12 +240,16 @@ def test_the_first_signal_is_noted_and_the_second_does_what_it_did_before():
         signal.signal(signal.SIGTERM, before)
 
 
-def test_the_lines_of_a_worker_that_ends_are_not_lost_on_their_way(cluster):
+def test_the_lines_of_a_worker_that_ends_are_not_lost_on_their_way(cluster, tmp_path):
+    is_written = tmp_path / "written"
+
     @ray.remote(num_cpus=0)
     class SlowSink:
-        """A log that starts after its writer is done, as on a machine with much else to do."""
+        """A log that is there seconds after its writer wrote, as on a machine with much else to do."""
 
         def __init__(self) -> None:
+            while not is_written.exists():
+                time.sleep(0.05)
             time.sleep(3)
             self.steps = []
 
@@ -263,6 +267,7 @@ def test_the_lines_of_a_worker_that_ends_are_not_lost_on_their_way(cluster):
             def train(settings: dict[str, Any]) -> None:
                 for step in (1, 2):
                     settings["log"]({}, step)
+                is_written.touch()
 
             with patch("delia.train.launch.train_worker", train):
                 work(settings)
