@@ -1,18 +1,22 @@
 """What papers claim of their methods, measured where it shows at this scale: on the starter."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from delia.chat import ChatEncoder, load_chat
+from delia.config import MethodConfig
 from delia.model.loading import load_base
 from delia.recipes.starter import STARTER
 from delia.schema import SeedTask
 from delia.starter.formats import FORMAT_BY_NAME, ask_phrasings
 from delia.starter.lexicon import ITEMS
-from delia.store.models import resolve_model
+from delia.store.models import ModelConfig, resolve_model
 from delia.store.task_columns import ColumnMapping, parse_row
+from delia.train.rows import TASK, join_rows
+from delia.train.settings import StageConfig
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +87,46 @@ def test_an_instruction_after_its_input_is_not_forgotten_however_long_the_input_
     }
     assert found[False, 2] == found[True, 2] == found[True, 16] == 0.0
     assert found[False, 16] > 0.8
+
+
+# ---- UAL: labels of doubtful rows are smoothed
+
+
+def measure_confidence(model, rows) -> list[float]:
+    """Return by row the mean probability of its trained tokens."""
+    means = []
+    for row in range(len(rows)):
+        ids_T, mask_T = (torch.tensor(part.tolist()) for part in rows[row])
+        with torch.no_grad():
+            probs_TV = model(input_ids=ids_T[None]).logits[0, :-1].softmax(-1)
+        means.append(float(probs_TV.gather(1, ids_T[1:, None])[:, 0][mask_T[1:]].mean()))
+    return means
+
+
+def test_confidence_after_training_orders_by_the_rows_doubt_and_under_a_constant_does_not(
+    train_here, make_input
+):
+    """24 rows learnt by heart, of three doubts in turn: each is believed to about 1 - e."""
+    doubts = [0.0, 0.5, 1.0] * 8
+    parts = {"parts": ("base",), "learning_rate": 3e-3, "warmup_steps": 5, "schedule": "cosine"}
+    stages = (StageConfig(max_steps=150, **parts),)
+    means = {}
+    for name, knobs in (("ual.UAL", {"most": 0.4}), ("label_smoothing.LabelSmoothing", {"amount": 0.2})):
+        task = make_input(
+            stages=stages,
+            lora=None,
+            global_batch_size=24,
+            max_tokens_per_micro_batch=400,
+            checkpoint_every=1000,
+            token_weighter=MethodConfig(method=f"delia.methods.token_weighter.{name}", knobs=knobs),
+        )
+        rows = [(ids.tolist(), mask.tolist()) for ids, mask in (task.rows[row] for row in range(24))]
+        scores = doubts if "ual" in name else None
+        task = replace(task, rows=join_rows(rows, sources=[TASK] * 24, scores=scores), token_ids=())
+        run = train_here(task)
+        by_row = measure_confidence(load_base(ModelConfig(path=str(run.adapter))), task.rows)
+        means[name] = [sum(by_row[place::3]) / 8 for place in range(3)]
+    certain, middle, doubtful = means["ual.UAL"]
+    assert certain > middle + 0.1 > doubtful + 0.2
+    constant = means["label_smoothing.LabelSmoothing"]
+    assert max(constant) - min(constant) < 0.05
