@@ -1,4 +1,4 @@
-"""Generation, side by side on the same prompts: this pipeline, with the default filters and with all, against its peers.
+"""Generation, side by side on the same prompts: this pipeline with its default filters against its peers, and with all of them.
 
     bare        one `vllm.LLM.generate` call in a process, with a seed for each row; and without seeds
     batches     the loop of the DELIA repository: `LLM.generate` on 128 prompts at a time
@@ -34,8 +34,7 @@ PART = 8
 ASKED_SHARE = 0.99
 """Rows that the pipeline is asked for, of those that bare vLLM's answers gave: its candidates must not run out."""
 
-AGAIN = "bare, seeded, again"
-STRICT_NAME = "pipeline, every filter"
+BARE, AGAIN = "bare, seeded", "bare, seeded, again"
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Bench:
         """Build such a pool with every rule of curation; spend a few tokens less than bare vLLM did."""
         num_tokens = int(ASKED_SHARE * (bare.output_tokens - bare.num_prompts))
         run = run_strict_pipeline(self.questions, self.space, num_tokens=num_tokens, engine=ENGINE)
-        return describe_run(STRICT_NAME, run)
+        return describe_run("pipeline, every filter", run)
 
 
 def describe_run(name: str, run: PipelineRun) -> Measured:
@@ -134,17 +133,28 @@ def open_bench(folder: Path, task: TaskConfig, num_prompts: int) -> Bench:
 def measure_all(bench: Bench, folder: Path) -> list[Measured]:
     """Return every way of generating, one after the other; bare vLLM again after the pipeline, as the machine drifts."""
     space, num_prompts = bench.space, len(bench.prompts)
-    bare = bench.measure("bare, seeded", lambda prompts: ask_bare(prompts, space), num_prompts)
+    bare = bench.measure(BARE, lambda prompts: ask_bare(prompts, space), num_prompts)
     return [
         bare,
         bench.measure_pipeline(bare),
-        bench.measure_strict_pipeline(bare),
         bench.measure(AGAIN, lambda prompts: ask_bare(prompts, space), num_prompts),
         bench.measure("bare, no seeds", lambda prompts: ask_bare(prompts, space, seeded=False)),
         bench.measure("batches of 128", lambda prompts: ask_bare(prompts, space, size=128)),
         bench.measure("ray.data.llm", lambda prompts: ask_ray_data(prompts, space)),
         bench.measure("datatrove", lambda prompts: ask_datatrove(prompts, space, folder / "datatrove")),
-        bench.measure("bare, seeded", lambda prompts: ask_bare(prompts, space)),
+        bench.measure(BARE, lambda prompts: ask_bare(prompts, space)),
+    ]
+
+
+def measure_filters(bench: Bench) -> list[Measured]:
+    """Return the pipeline under the default rules and under all of them, bare vLLM before and after."""
+    space, num_prompts = bench.space, len(bench.prompts)
+    bare = bench.measure(BARE, lambda prompts: ask_bare(prompts, space), num_prompts)
+    return [
+        bare,
+        bench.measure_pipeline(bare),
+        bench.measure_strict_pipeline(bare),
+        bench.measure(AGAIN, lambda prompts: ask_bare(prompts, space), num_prompts),
     ]
 
 
@@ -164,11 +174,14 @@ def measure_tails(bench: Bench, folder: Path, task: TaskConfig) -> list[Tail]:
 def describe_rates(measured: list[Measured]) -> list[str]:
     """Return the table of rates; ratios are to bare vLLM with a seed for each row, on the same prompts.
 
-    Of its two runs on all prompts, before and after the pipeline, the faster one is taken.
+    Where it ran twice on them, before and after the pipeline, the faster run is taken.
     """
-    again = next(item for item in measured if item.name == AGAIN)
-    whole, part = max(measured[0], again, key=lambda item: item.rate), measured[-1]
-    compared = [(item, part if item.num_prompts == part.num_prompts else whole) for item in measured]
+    bases = [item for item in measured if item.name in (BARE, AGAIN)]
+    compared = []
+    for item in measured:
+        size = min(base.num_prompts for base in bases if base.num_prompts >= item.num_prompts)
+        base = max((base for base in bases if base.num_prompts == size), key=lambda base: base.rate)
+        compared.append((item, base))
     return [
         "| | prompts | output tokens/s | ratio | accepted unique rows/s | ratio | start-up s | run s |",
         "|---|---|---|---|---|---|---|---|",
@@ -211,9 +224,7 @@ def describe_generation(folder: Path, task: TaskConfig, num_prompts: int) -> str
         f" engine; peers have the first {bench.num_part:,}. Ratios are to bare vLLM with seeds on the same prompts: the faster of its"
         " two runs on all, before and after the pipeline, or the last row; seconds run to the last answer,"
         f" for the pipeline to the written pool, and it is asked for {ASKED_SHARE:.0%} of the rows that the first row's answers"
-        " gave, so that it ends with a pool. With every filter (language, refusals and semantic duplicates by the base's states too)"
-        " the questions are the task's rows, and the run ends as its tokens are spent; its rows are compared with those of bare"
-        " under the default rules. Peers' rows are curated after their clock has stopped. datatrove's runner starts"
+        " gave, so that it ends with a pool. Peers' rows are curated after their clock has stopped. datatrove's runner starts"
         " `vllm serve` itself (`vllm`, 500 requests at a time, ids and seeds over HTTP); its start-up, and `ray.data.llm`'s,"
         " runs to the first answer.",
         "",
@@ -222,5 +233,19 @@ def describe_generation(folder: Path, task: TaskConfig, num_prompts: int) -> str
         *describe_tails(tails, bench.num_part),
         "",
         killed.describe(),
+    ]
+    return "\n".join(lines)
+
+
+def describe_filters(folder: Path, task: TaskConfig, num_prompts: int) -> str:
+    """Run the pipeline with more and more filters and return the section."""
+    measured = measure_filters(open_bench(folder, task, num_prompts))
+    lines = [
+        f"The pipeline's filters: {num_prompts:,} questions as in `generation`, ratios to the faster run of bare vLLM. Every"
+        " filter: those of language, refusals and semantic duplicates (cosines of the base's mean states) too. There the questions"
+        f" are the task's rows, and the run ends once {ASKED_SHARE:.0%} of the tokens of the first row are spent; its rows are beside"
+        " those of bare under the default rules.",
+        "",
+        *describe_rates(measured),
     ]
     return "\n".join(lines)

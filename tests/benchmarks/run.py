@@ -1,6 +1,7 @@
 """Benchmarks, side by side in one run: `make bench`; results go into `RESULTS.md` beside this file.
 
     generation        this pipeline with its default filters against bare vLLM and other ways to ask it
+    filters           this pipeline with its default filters and with every one, against bare vLLM
     training          the loop beside TRL's SFTTrainer, three sizes of model
     training_gpu      the same at 1 B parameters, and the loss alone beside Liger's; only where there is a GPU
     near_duplicates   the curator's beside datasketch's and text-dedup's
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from generation import describe_generation
+from generation import describe_filters, describe_generation
 from near_duplicates import describe_near_duplicates
 from training import describe_training
 from training_gpu import describe_gpu_training
@@ -30,6 +31,8 @@ from delia.store.tasks import TaskConfig, read_task
 
 NUM_PROMPTS = 280_000
 """Bare vLLM, 4.3 output tokens an answer, takes five minutes for them on one quiet core."""
+NUM_FILTERED = 160_000
+"""Five minutes and more for the pipeline: semantic duplicates are compared with all that were accepted."""
 RESULTS = Path(__file__).with_name("RESULTS.md")
 MODEL = ModelConfig(path="package://delia.starter/weights")
 TASK = TaskConfig(path="package://delia.starter/tasks/sep")
@@ -40,6 +43,13 @@ def measure_generation() -> str:
     connect(RayConfig())
     with tempfile.TemporaryDirectory() as folder:
         return describe_generation(Path(folder), TASK, NUM_PROMPTS)
+
+
+def measure_filters() -> str:
+    """Run the pipeline with more filters."""
+    connect(RayConfig())
+    with tempfile.TemporaryDirectory() as folder:
+        return describe_filters(Path(folder), TASK, NUM_FILTERED)
 
 
 def measure_gpu_training() -> str:
@@ -57,6 +67,7 @@ def measure_coverage() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "generation": measure_generation,
+    "filters": measure_filters,
     "training": describe_training,
     "training_gpu": measure_gpu_training,
     "near_duplicates": describe_near_duplicates,
