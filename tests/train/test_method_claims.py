@@ -186,7 +186,8 @@ def test_half_fine_tuning_forgets_less_than_full_tuning_of_three_tasks_learnt_as
     """Facts learnt kind by kind, a round of HFT each, twice as many steps for half of the matrices.
 
     Measured, full tuning beside HFT, in nats a token: off the tasks 0.080 and 0.042 were forgotten; of the two kinds
-    learnt first 0.47 and 0.21 are left to say; each kind, just learnt, at 0.057, 0.007 and 0.078 beside 0.041, 0.003 and 0.043.
+    learnt first 0.47 and 0.21 are left to say; each kind, just learnt, was at 0.057, 0.007, 0.078 and at 0.041,
+    0.003, 0.043.
     """
     items = draw_held_out("claims", num_items=150)
     general = [chat.encode_chat(tuple(Message(**turn) for turn in item.messages())) for item in items]
