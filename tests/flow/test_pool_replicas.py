@@ -71,7 +71,7 @@ def find_left(pids: set[int], free: dict[str, float]) -> list[str]:
     """Return what replicas have left: processes, and resources that were free before and are not."""
     return [
         *(f"process {pid}" for pid in pids if Path(f"/proc/{pid}").exists()),
-        *(name for name in free if read_free().get(name) != free[name]),
+        *(name for name in free if read_free().get(name, 0.0) < free[name]),  # others may free some of theirs
     ]
 
 

@@ -253,8 +253,13 @@ def test_every_diverse_recipe_is_run() -> None:
     assert {*CHECKS, "diverse_s3ft"} == {name for name in list_recipes() if name.startswith("diverse_")}
 
 
-@pytest.mark.system
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize(
+    "name",  # the better part of a minute each
+    [
+        pytest.param(name, marks=pytest.mark.system if name == "diverse_rewriting" else pytest.mark.soak)
+        for name in CHECKS
+    ],
+)
 def test_a_recipe_makes_the_pool_that_it_is_for(name: str, cluster: None, tmp_path: Path) -> None:
     made = run_recipe(name, tmp_path)
     check_pool(made)
