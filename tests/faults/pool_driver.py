@@ -7,9 +7,7 @@ With nodes, the head has no CPU, and each other node has room for both replicas:
 
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
@@ -17,14 +15,7 @@ from ray.cluster_utils import Cluster
 from delia.config import MethodConfig
 from delia.curate.pipeline import CurateConfig
 from delia.flow.pool import PoolConfig, build_pool, pool_fingerprint
-from delia.flow.workspace import (
-    SLOW_START,
-    START_ATTEMPTS,
-    RayConfig,
-    Workspace,
-    connect,
-    open_workspace,
-)
+from delia.flow.workspace import RayConfig, Workspace, connect, open_workspace, start_slowly
 from delia.generate.engine import EngineConfig, SamplingConfig, ScriptedConfig
 from delia.schema import Message, SeedTask, Task
 from delia.store.models import ModelConfig
@@ -80,17 +71,6 @@ def open_space(output_dir: str) -> Workspace:
 def find_pool(space: Workspace) -> str:
     """Return the address of the pool."""
     return space.address("pools", pool_fingerprint(POOL, space))
-
-
-def start_slowly(start: Callable[[], Any]) -> Any:
-    """Start a node of Ray's, more than once where the machine is too busy for it."""
-    for _ in range(START_ATTEMPTS - 1):
-        try:
-            return start()
-        except Exception as error:
-            if SLOW_START not in str(error):
-                raise
-    return start()
 
 
 def start_nodes(num_nodes: int) -> None:

@@ -11,13 +11,12 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.cluster_utils import Cluster
 
-from delia.flow.workspace import SLOW_START, START_ATTEMPTS
+from delia.flow.workspace import start_slowly
 from delia.generate.attempts import Ask
 from delia.generate.engine import EngineConfig, Request, SamplingConfig
 from delia.generate.pipeline import answer_requests, run_script, to_blocks, to_completions
@@ -76,17 +75,6 @@ def run(title: str, folder: Path, name_by_node: dict[str, str], **settings: obje
     is_whole = sorted(table.num_rows for table in tables) == sorted(block.num_rows for block in blocks)
     is_equal = is_whole and answers == {item.request_id: item for item in direct}
     print(title, "equal" if is_equal else "other", *(f"{name}={counts[name]}" for name in sorted(counts)))
-
-
-def start_slowly(start: Callable[[], Any]) -> Any:
-    """Start a node of Ray's, more than once where the machine is too busy for it."""
-    for _ in range(START_ATTEMPTS - 1):
-        try:
-            return start()
-        except Exception as error:
-            if SLOW_START not in str(error):
-                raise
-    return start()
 
 
 def main() -> None:

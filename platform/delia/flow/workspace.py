@@ -8,8 +8,10 @@ step is found again by any job with the same settings, and changed settings neve
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import ray
 
@@ -19,6 +21,7 @@ from delia.schema import Task
 from delia.store.models import ModelConfig, identify_model, resolve_model
 from delia.store.tables import join
 
+Started = TypeVar("Started")
 LOCAL = "local"
 START_ATTEMPTS = 4
 SLOW_START = "timed out during startup"
@@ -72,15 +75,18 @@ def connect(config: RayConfig) -> None:
         log_to_driver=os.environ.get("DELIA_WORKER_LOGS", "0") == "1",
         logging_level=logging.WARNING,
     )
+    start_slowly(start)
+
+
+def start_slowly(start: Callable[[], Started]) -> Started:
+    """Start a node of Ray's, more than once where the machine is too busy for it."""
     for _ in range(START_ATTEMPTS - 1):
         try:
-            start()
+            return start()
         except Exception as error:
             if SLOW_START not in str(error):
                 raise
-        else:
-            return
-    start()
+    return start()
 
 
 @dataclass(frozen=True, kw_only=True)
