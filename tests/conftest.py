@@ -75,14 +75,16 @@ class LocalStage:
 
 @pytest.fixture
 def local_acceptance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let pools be accepted in this process."""
+    """Let pools be screened and accepted in this process."""
     from contextlib import nullcontext
 
     from delia.flow.acceptance import Acceptance  # late, as above
+    from delia.flow.screening import Screeners
 
     monkeypatch.setattr(
         "delia.flow.pool.host_acceptance", lambda *args, **options: nullcontext(Acceptance(*args, **options))
     )
+    monkeypatch.setattr("delia.flow.pool.host_screeners", lambda *args, **options: nullcontext(Screeners(())))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from delia.curate.dedup import (
     DUPLICATE,
     NEAR_DUPLICATE,
     SeenInstructions,
-    choose_num_bands,
+    choose_bands,
     make_shingles,
     measure_jaccard,
 )
@@ -62,6 +62,8 @@ def test_the_numbers_of_the_module_header_hold():
 
     assert measure_jaccard(france, spain) == 3 / 7
     assert measure_jaccard(long, changed) == 35 / 41
+    num_bands, band_size = choose_bands(threshold=0.8, num_perm=128)
+    assert 1 / 9.5 < 1 - (1 - (3 / 7) ** band_size) ** num_bands < 1 / 8.5
 
 
 @pytest.mark.parametrize(
@@ -98,17 +100,18 @@ def test_the_size_of_the_word_ngrams_decides_what_is_near():
 
 
 @pytest.mark.parametrize(
-    ("threshold", "num_perm", "num_bands"), [(0.8, 128, 32), (0.9, 128, 16), (1.0, 128, 1), (0.3, 16, 16)]
+    ("threshold", "num_perm", "bands"),
+    [(0.8, 128, (19, 6)), (0.9, 128, (12, 10)), (1.0, 128, (1, 128)), (0.3, 16, (13, 1))],
 )
 def test_bands_are_the_fewest_that_find_a_pair_on_the_threshold(
-    threshold: float, num_perm: int, num_bands: int
+    threshold: float, num_perm: int, bands: tuple[int, int]
 ):
-    assert choose_num_bands(threshold=threshold, num_perm=num_perm) == num_bands
+    assert choose_bands(threshold=threshold, num_perm=num_perm) == bands
 
 
 def test_a_threshold_that_cannot_be_searched_is_refused():
     with pytest.raises(ValueError, match=r"16 permutations find less than 0\.99 .* similarity 0\.1;"):
-        choose_num_bands(threshold=0.1, num_perm=16)
+        choose_bands(threshold=0.1, num_perm=16)
 
 
 def make_texts(rng: random.Random, *, num_bases: int) -> list[str]:

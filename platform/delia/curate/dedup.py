@@ -9,7 +9,7 @@ answer never matters.
 The threshold acts on short texts in steps. "what is the capital of france ?" and "... of spain ?" share
 3 of 7 trigrams (0.43) and both stay at 0.8; but of two instructions of 40 words that differ in one inner
 word, 35 of 41 trigrams are shared (0.85) and the later goes. Templated instructions with a long fixed
-part want a higher threshold, or None: those two are also proposed in vain two times in three, and the
+part want a higher threshold, or None: pairs such as the first two are also proposed in vain one time in nine, and the
 work grows with the square of their number. Of other texts hardly any are, and it grows with the number.
 """
 
@@ -36,21 +36,20 @@ def measure_jaccard(a: frozenset[str], b: frozenset[str]) -> float:
     return shared / max(1, len(a) + len(b) - shared)
 
 
-def choose_num_bands(*, threshold: float, num_perm: int) -> int:
-    """Return the fewest bands that propose a pair on the threshold with probability 0.99.
+def choose_bands(*, threshold: float, num_perm: int) -> tuple[int, int]:
+    """Return the fewest bands that propose a pair on the threshold with probability 0.99, and the values of each.
 
     With b bands of r values each, a pair of similarity s is proposed with probability
     1 - (1 - s^r)^b (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", 3.4.2). Fewer bands
-    propose fewer pairs in vain.
+    propose fewer pairs in vain. b r permutations are used, `num_perm` at most.
 
     Raises:
         ValueError: Even one value a band finds too few; more permutations or a higher threshold would.
     """
     for num_bands in range(1, num_perm + 1):
-        if num_perm % num_bands == 0:
-            recall = 1 - (1 - threshold ** (num_perm // num_bands)) ** num_bands
-            if recall >= _MIN_RECALL:
-                return num_bands
+        band_size = num_perm // num_bands
+        if 1 - (1 - threshold**band_size) ** num_bands >= _MIN_RECALL:
+            return num_bands, band_size
     raise ValueError(
         f"{num_perm} permutations find less than {_MIN_RECALL:g} of the pairs at similarity {threshold:g};"
         " raise num_perm or near_duplicate_threshold"
@@ -70,8 +69,9 @@ class SeenInstructions:
         self._latest: tuple[str | None, RMinHash] = (None, None)
         self._index: RMinHashLSH | None = None
         if threshold is not None:
-            num_bands = choose_num_bands(threshold=threshold, num_perm=num_perm)
-            self._index = RMinHashLSH(threshold=threshold, num_perm=num_perm, num_bands=num_bands)
+            num_bands, band_size = choose_bands(threshold=threshold, num_perm=num_perm)
+            self._num_perm = num_bands * band_size
+            self._index = RMinHashLSH(threshold=threshold, num_perm=self._num_perm, num_bands=num_bands)
 
     def compare(self, instruction: str) -> str | None:
         """Return why an instruction is refused, or None; nothing is remembered."""

@@ -1,6 +1,7 @@
 """Candidates in index order -> accepted rows and rejections with a named reason.
 
-    Row | Rejection --filters, leaks, overlap, duplicates by text, by meaning--> Row | Rejection
+    Row | Rejection --Screener: filters, leaks, overlap--> faults, embeddings
+    in index order --duplicates by text, by meaning--> Row | Rejection
 
 Acceptance is a pure function of the candidates in index order: a row is compared with accepted rows of
 lower index only, so of two near-duplicates the lower index survives, and how the candidates were cut
@@ -11,20 +12,17 @@ candidates again.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from delia.curate.dedup import SeenInstructions
 from delia.curate.embedding import HASHED, Embedder
-from delia.curate.filters import FilterConfig, find_fault
-from delia.curate.language import find_languages
-from delia.curate.leaks import TEMPLATE_LEAK, ControlTexts
+from delia.curate.filters import FilterConfig
+from delia.curate.leaks import ControlTexts
 from delia.curate.novelty import Novelty
-from delia.curate.overlap import OVERLAPS_EVAL, HeldOut
 from delia.curate.rejection import reject
+from delia.curate.screening import Candidate, Screened, Screener
 from delia.curate.selection import SelectConfig
 from delia.curate.semantic import SEMANTIC_DUPLICATE, SeenMeanings
 from delia.curate.stopping import StopRule
@@ -32,10 +30,8 @@ from delia.errors import ConfigError
 from delia.schema import Rejection, Row, SeedTask
 from delia.store.tasks import TaskConfig
 
-Candidate = Row | Rejection
-
 _BLOCK = 256
-"""Candidates that are embedded at a time."""
+"""Candidates whose meanings are compared at a time."""
 
 
 class CurateConfig(FilterConfig):
@@ -55,6 +51,9 @@ class CurateConfig(FilterConfig):
 
     `select` picks a source's rows out of more accepted ones (`curate.selection`). `score_likelihood` stores
     each row's mean log-probability under the base beside the pool (`curate.likelihood`).
+
+    `num_screeners` processes tell languages and embed ahead of the one that compares, where settings ask for
+    either (`flow.screening`). It changes no row.
     """
 
     reject_template_leaks: bool = True
@@ -67,6 +66,12 @@ class CurateConfig(FilterConfig):
     semantic_threshold: float | None = Field(default=None, gt=0, le=1)
     select: SelectConfig | None = None
     score_likelihood: bool = False
+    num_screeners: int = Field(default=1, ge=1)
+
+    @property
+    def is_costly(self) -> bool:
+        """Tell whether to screen a row takes the better part of a millisecond, or more."""
+        return self.languages is not None or self.semantic_threshold is not None
 
     @model_validator(mode="after")
     def _name_an_embedder_of_meanings(self) -> Self:
@@ -108,23 +113,27 @@ class Curator:
         Raises:
             ConfigError: An unknown language, or semantic duplicates without an embedder.
         """
-        find_languages(config.languages or ())
         if config.semantic_threshold is not None and embed is None:
             raise ConfigError("curate.semantic_threshold needs an embedder; give the curator `embed`")
         self.counts: Counter[str] = Counter()
         self.num_accepted = 0
         self.novelty = Novelty()
-        self._config = config
         self._last_index: int | None = None
-        self._control_texts = control_texts if config.reject_template_leaks else None
-        self._held_out = HeldOut(eval_rows, train_rows=train_rows, ngram=config.overlap_ngram)
+        self._screener = make_screener(
+            config, eval_rows=eval_rows, train_rows=train_rows, control_texts=control_texts, embed=embed
+        )
         self._seen = SeenInstructions(
             threshold=config.near_duplicate_threshold, num_perm=config.num_perm, ngram=config.ngram
         )
-        self._embed = embed
         self._meanings = SeenMeanings(config.semantic_threshold) if config.semantic_threshold else None
 
-    def feed(self, candidates: Iterable[Candidate], *, rule: StopRule | None = None) -> list[Candidate]:
+    def feed(
+        self,
+        candidates: Iterable[Candidate],
+        *,
+        rule: StopRule | None = None,
+        screened: Screened | None = None,
+    ) -> list[Candidate]:
         """Decide on the next candidates.
 
         Args:
@@ -132,6 +141,7 @@ class Curator:
                 through and is counted.
             rule: Follows the source; once it ends, further candidates are ignored: they become neither
                 row nor rejection. None takes all.
+            screened: What they show, by a screener with these rules; None screens them here.
 
         Returns:
             Rows as they came, and rejections with the instruction as their text.
@@ -140,12 +150,16 @@ class Curator:
             ValueError: An index does not lie above the one before.
         """
         results: list[Candidate] = []
-        iterator = iter(candidates)
-        while block := list(islice(iterator, _BLOCK)):
+        given = list(candidates)
+        for start in range(0, len(given), _BLOCK):
+            block = given[start : start + _BLOCK]
             for candidate in block:
                 self._check_order(candidate)
             if rule is None or rule.reason is None:
-                results += self._decide(block, rule)
+                shown = (
+                    self._screener.screen(block) if screened is None else screened.cut(start, start + _BLOCK)
+                )
+                results += self._decide(block, shown, rule)
         return results
 
     def _check_order(self, candidate: Candidate) -> None:
@@ -156,15 +170,14 @@ class Curator:
             )
         self._last_index = candidate.index
 
-    def _decide(self, block: Sequence[Candidate], rule: StopRule | None) -> Iterator[Candidate]:
+    def _decide(
+        self, block: Sequence[Candidate], screened: Screened, rule: StopRule | None
+    ) -> Iterator[Candidate]:
         """Yield what becomes of the candidates of a block, until the source ends."""
-        reasons = [
-            self._find_fault(candidate) if isinstance(candidate, Row) else candidate.reason
-            for candidate in block
-        ]
-        self._open_meanings(block, reasons)
+        if self._meanings is not None and screened.vectors_ND is not None:
+            self._meanings.open(screened.vectors_ND)
         for place, candidate in enumerate(block):
-            decided = self._decide_one(candidate, reasons[place], place)
+            decided = self._decide_one(candidate, screened.faults[place], place)
             yield decided
             if rule is not None:
                 rule.count(decided)
@@ -183,27 +196,6 @@ class Curator:
         self.counts[reason] += 1
         return reject(candidate, reason)
 
-    def _find_fault(self, row: Row) -> str | None:
-        """Return what speaks against a row by itself."""
-        fault = find_fault(row, self._config)
-        if fault is not None:
-            return fault
-        if self._control_texts is not None and self._control_texts.leaks(row):
-            return TEMPLATE_LEAK
-        return OVERLAPS_EVAL if self._held_out.overlaps(row) else None
-
-    def _open_meanings(self, block: Sequence[Candidate], reasons: Sequence[str | None]) -> None:
-        """Embed the rows of a block that have no fault; zeros stand for the others, and are near nothing."""
-        if self._meanings is None or self._embed is None:
-            return
-        places = [place for place, reason in enumerate(reasons) if reason is None]
-        if places:
-            rows = [item for item, reason in zip(block, reasons, strict=True) if reason is None]
-            vectors_ND = self._embed([row.instruction for row in rows if isinstance(row, Row)])
-            block_ND = np.zeros((len(block), vectors_ND.shape[1]), dtype=np.float32)
-            block_ND[places] = vectors_ND
-            self._meanings.open(block_ND)
-
     def _admit(self, row: Row, place: int) -> str | None:
         """Compare a row with the accepted ones; remember it everywhere, or nowhere."""
         reason = self._seen.compare(row.instruction)
@@ -214,3 +206,26 @@ class Curator:
             if self._meanings is not None:
                 self._meanings.remember(place)
         return reason
+
+
+def make_screener(
+    config: CurateConfig,
+    *,
+    eval_rows: Iterable[SeedTask] = (),
+    train_rows: Iterable[SeedTask] = (),
+    control_texts: ControlTexts | None = None,
+    embed: Embedder | None = None,
+) -> Screener:
+    """Return what screens candidates by the rules of a pool; see `Screener`.
+
+    Raises:
+        ConfigError: An unknown language.
+    """
+    return Screener(
+        config,
+        overlap_ngram=config.overlap_ngram,
+        eval_rows=eval_rows,
+        train_rows=train_rows,
+        control_texts=control_texts if config.reject_template_leaks else None,
+        embed=embed if config.semantic_threshold is not None else None,
+    )

@@ -1,6 +1,6 @@
 """What a pool takes of its candidates, decided chunk by chunk in a process of its own.
 
-    StoredChunk --Curator, StopRule--> spools of rows and rejections --write--> a finished pool
+    StoredChunk | Batch | Screenings --Curator, StopRule--> spools of rows, rejections --write--> a finished pool
 
 To know duplicates, what is remembered of accepted instructions grows with their number. So acceptance is an actor of
 the cluster: the driver passes it addresses and sees counts, whatever the size of the pool. Rows and rejections wait on
@@ -11,7 +11,7 @@ An acceptance that dies with its node is started anew and reads the stored chunk
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -19,16 +19,16 @@ import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
 from delia.curate.pipeline import CurateConfig
-from delia.curate.rejection import reject
 from delia.curate.stopping import ENOUGH_ROWS, StopConfig, StopRule
-from delia.errors import ChatError, PoolError, StoreError
+from delia.errors import PoolError, StoreError
 from delia.flow.curation import Curation, open_curation
 from delia.flow.ledger import account, to_metrics
+from delia.flow.screening import Screenings, read_candidates
 from delia.flow.workspace import Workspace
 from delia.generate.calls import call
 from delia.generate.engine import EngineConfig
 from delia.generate.pipeline import worker_environment
-from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, SeedTask
+from delia.schema import Rejection, Row, SeedTask
 from delia.store.candidates import (
     REJECTION_SCHEMA,
     ROW_SCHEMA,
@@ -41,7 +41,6 @@ from delia.store.candidates import (
 from delia.store.pools import write_pool
 from delia.store.spool import Chain, Spool
 from delia.store.tables import exists
-from delia.synthesize.dialogue import UNRENDERABLE
 from delia.synthesize.pipeline import Batch, StoredChunk
 
 MEMORY = 2**30
@@ -145,18 +144,22 @@ class Acceptance:
                 Spool(REJECTION_SCHEMA),
             )
 
-    def take(self, chunk: StoredChunk) -> Progress:
-        """Decide on the next chunk of its source.
+    def take(self, item: StoredChunk | Batch | Screenings) -> Progress:
+        """Decide on the next candidates of a source; they are screened here, unless that was done.
 
         Raises:
-            StoreError: Its file is missing or was changed.
+            StoreError: The file of a chunk is missing or was changed.
         """
-        return self._decide(chunk.source, chunk.read())
-
-    def take_imported(self, source: str, batch: Batch) -> Progress:
-        """Decide on the next rows of a source that is a file; no one can train on a chat that the template refuses."""
-        candidates = tuple(self._render(item) for item in batch.candidates)
-        return self._decide(source, replace(batch, candidates=candidates))
+        source = self._sources[item.source]
+        if source.rule.reason is None:  # else what is still under way is no part of the pool, nor of its cost
+            if not isinstance(item, Screenings):
+                item = Screenings(batch=read_candidates(item, self._space.chat))
+            self._cost += item.batch.cost
+            curator = self._curation.curators[item.source]
+            decided = curator.feed(item.batch.candidates, rule=source.rule, screened=item.screened)
+            source.rows.add(to_row_table([row for row in decided if isinstance(row, Row)]))
+            source.rejections.add(to_rejection_table([row for row in decided if isinstance(row, Rejection)]))
+        return self._report()
 
     def check_supply(self, name: str) -> None:
         """Hold that a source that has been read gave what it was asked for.
@@ -220,24 +223,6 @@ class Acceptance:
             details=details | ({"stopped": self._stopped} if self._stopped else {}),
         )
         return metrics | to_metrics(ledger), progress.num_seen
-
-    def _render(self, candidate: Row | Rejection) -> Row | Rejection:
-        """Return the candidate, or the rejection of a row that the template refuses, with why as its text."""
-        if isinstance(candidate, Rejection):
-            return candidate
-        try:
-            self._space.chat.encode_chat(candidate.messages)
-        except ChatError as error:
-            return replace(reject(candidate, UNRENDERABLE), text=str(error)[:MAX_REJECTED_TEXT])
-        return candidate
-
-    def _decide(self, name: str, batch: Batch) -> Progress:
-        source = self._sources[name]
-        self._cost += batch.cost
-        decided = self._curation.curators[name].feed(batch.candidates, rule=source.rule)
-        source.rows.add(to_row_table([item for item in decided if isinstance(item, Row)]))
-        source.rejections.add(to_rejection_table([item for item in decided if isinstance(item, Rejection)]))
-        return self._report()
 
     def _report(self) -> Progress:
         return Progress(

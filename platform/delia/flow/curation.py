@@ -1,6 +1,6 @@
 """What curation does around the curators of a pool: a curator a source, then selection, report and scores.
 
-settings, workspace --open_curation--> Curation
+settings, workspace --open_curation--> Curation; --open_screener--> Screener, for processes beside it
 Curation.curators, .targets      accept candidates, a source each
 Curation.select                  keeps `num_rows` of a source's accepted rows, where settings say so
 Curation.describe                diversity -> the manifest's details and the log
@@ -17,7 +17,8 @@ from delia.curate.diversity import choose_sample, measure_diversity
 from delia.curate.embedding import Embedder, load_embedder
 from delia.curate.leaks import ControlTexts
 from delia.curate.likelihood import LIKELIHOOD, score_answers
-from delia.curate.pipeline import CurateConfig, Curator
+from delia.curate.pipeline import CurateConfig, Curator, make_screener
+from delia.curate.screening import Screener
 from delia.curate.selection import Selector, select_rows
 from delia.flow.workspace import Workspace
 from delia.model.loading import load_base
@@ -119,25 +120,46 @@ def open_curation(
     Raises:
         ConfigError: No such embedder, language or selector.
     """
-    splits = space.task.rows_by_split
-    held_out = [*splits["dev"], *splits["test"], *eval_rows]
-    embed = load_embedder(config.embedder, model=space.model, chat=space.chat)
-    texts = ControlTexts(space.chat.table.control_ids, task_tokens=space.chat.token_ids)
+    rules = _Rules.collect(config, space, eval_rows)
     select = config.select
     return Curation(
         config=config,
         space=space,
         num_rows=num_rows,
-        curators={
-            name: Curator(
-                config, eval_rows=held_out, train_rows=splits["train"], control_texts=texts, embed=embed
-            )
-            for name in num_rows
-        },
+        curators={name: Curator(config, **vars(rules)) for name in num_rows},
         targets={name: select.count_accepted(count) if select else count for name, count in num_rows.items()},
-        embed=embed,
+        embed=rules.embed,
         selector=build_method(select, allowed_modules=allowed_modules) if select else None,
     )
+
+
+def open_screener(config: CurateConfig, space: Workspace, *, eval_rows: Sequence[SeedTask]) -> Screener:
+    """Build what screens candidates as the curators of `open_curation` do.
+
+    Raises:
+        ConfigError: No such embedder or language.
+    """
+    return make_screener(config, **vars(_Rules.collect(config, space, eval_rows)))
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What curators and screeners of a pool take beside its settings."""
+
+    eval_rows: Sequence[SeedTask]
+    train_rows: Sequence[SeedTask]
+    control_texts: ControlTexts
+    embed: Embedder
+
+    @classmethod
+    def collect(cls, config: CurateConfig, space: Workspace, eval_rows: Sequence[SeedTask]) -> "_Rules":
+        splits = space.task.rows_by_split
+        return cls(
+            eval_rows=[*splits["dev"], *splits["test"], *eval_rows],
+            train_rows=splits["train"],
+            control_texts=ControlTexts(space.chat.table.control_ids, task_tokens=space.chat.token_ids),
+            embed=load_embedder(config.embedder, model=space.model, chat=space.chat),
+        )
 
 
 def _pick(tables: Iterable[pa.Table], places: Sequence[int]) -> list[Row]:

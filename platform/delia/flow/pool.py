@@ -1,6 +1,6 @@
 """Synthesise until enough rows are accepted: candidates in index order -> Pool.
 
-    round of sources: synthesize --chunks--> Acceptance --> closed; the next round feeds on it
+    round of sources: synthesize --chunks--> Screeners --> Acceptance --> closed; the next round feeds on it
     all rounds --> rows.parquet, rejected.parquet, manifest
 
 The driver plans chunks, stores each as it comes and passes on its address: it keeps no row, but those of imported
@@ -12,7 +12,7 @@ the stop rule: neither replicas, nor the order of chunks, nor restarts change it
 
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 
 from delia.config import FrozenConfig, fingerprint
@@ -21,6 +21,7 @@ from delia.curate.pipeline import CurateConfig
 from delia.curate.stopping import StopConfig
 from delia.errors import ConfigError, PoolError
 from delia.flow.acceptance import Acceptance, AcceptanceLostError, host_acceptance
+from delia.flow.screening import host_screeners
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
 from delia.schema import SeedTask
@@ -28,6 +29,7 @@ from delia.store.pools import Pool, read_pool
 from delia.store.tables import is_finished, leave_mark
 from delia.synthesize.dialogue import Dialogue
 from delia.synthesize.pipeline import (
+    Batch,
     Imported,
     StoredChunk,
     batch_imported,
@@ -69,7 +71,7 @@ def _name_pool(
     config: PoolConfig, space: Workspace, eval_rows: Sequence[SeedTask], imports: Mapping[str, Imported]
 ) -> str:
     """Return the name of the pool; of files and sets of rows what they hold counts, not where they lie."""
-    settings = config.model_dump(mode="json", exclude={"curate": {"decontaminate"}})
+    settings = config.model_dump(mode="json", exclude={"curate": {"decontaminate", "num_screeners"}})
     for source in settings["synthesize"]["sources"]:
         if source["name"] in imports:
             source["rows"] = digest_imported(imports[source["name"]])
@@ -152,27 +154,39 @@ def _make_pool(
     """Run all rounds and write the pool; return what is logged of it, and the number of candidates."""
     targets = {source.name: source.num_rows for source in config.synthesize.sources}
     size = config.synthesize.chunk_size
-    with host_acceptance(
-        config.curate,
-        config.stop,
-        space,
-        num_rows=targets,
-        eval_rows=eval_rows,
-        allowed_modules=allowed_modules,
-    ) as acceptance:
+    with (
+        host_screeners(config.curate, space, eval_rows=eval_rows) as screeners,
+        host_acceptance(
+            config.curate,
+            config.stop,
+            space,
+            num_rows=targets,
+            eval_rows=eval_rows,
+            allowed_modules=allowed_modules,
+        ) as acceptance,
+    ):
         with leave_mark(space.output_dir) as mark:
             acceptance.begin(mark)
+
+        def take(items: Iterable[StoredChunk | Batch], ended: set[str], *names: str) -> None:
+            """Accept of the items until the named sources have ended; note which have."""
+            for item in screeners.screen_ahead(items):
+                progress = acceptance.take(item)
+                log(progress.to_metrics(), progress.num_seen)
+                ended.update(progress.ended)
+                if ended.issuperset(names):
+                    return
+
         for sources in plan_rounds(config.synthesize):
             acceptance.open([source.name for source in sources])
+            ended: set[str] = set()
             for source in sources:
                 if source.name in imports:
-                    for batch in batch_imported(source.name, imports[source.name], size=size):
-                        progress = acceptance.take_imported(source.name, batch)
-                        log(progress.to_metrics(), progress.num_seen)
+                    rows = batch_imported(source.name, imports[source.name], size=size)
+                    take(rows, ended, source.name)
                     acceptance.check_supply(source.name)
             written = tuple(source for source in sources if source.rows is None)
             if written:
-                ended: set[str] = set()
                 chunks = _generate(
                     config,
                     space,
@@ -183,12 +197,7 @@ def _make_pool(
                     allowed_modules=allowed_modules,
                 )
                 with closing(chunks):
-                    for chunk in chunks:
-                        progress = acceptance.take(chunk)
-                        log(progress.to_metrics(), progress.num_seen)
-                        ended.update(progress.ended)
-                        if len(progress.ended) == len(sources):
-                            break
+                    take(chunks, ended, *(source.name for source in written))
             acceptance.close()
         return acceptance.write(space.address("pools", name), fingerprint=name, engine=engine)
 

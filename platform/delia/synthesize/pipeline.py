@@ -55,6 +55,7 @@ class Chunk:
 class Batch:
     """Candidates of one source in index order, and what they cost when they were made."""
 
+    source: str
     candidates: tuple[Candidate, ...]
     cost: Cost = field(default_factory=Cost)
 
@@ -81,7 +82,7 @@ class StoredChunk:
             )
         candidates = from_candidate_table(table, address=self.address)
         own = tuple(replace(item, source=self.source) for item in candidates)
-        return Batch(candidates=own, cost=sum_cost(table))
+        return Batch(source=self.source, candidates=own, cost=sum_cost(table))
 
 
 def plan_chunks(sources: Sequence[SourceConfig], chunk_size: int) -> list[Chunk]:
@@ -201,7 +202,7 @@ def batch_imported(source: str, items: Imported, *, size: int) -> Iterator[Batch
             row_id = hash_text(source, item.licence, hash_messages(item.messages))
             candidates.append(Row(row_id=row_id, index=index, source=source, messages=item.messages))
     for start in range(0, len(candidates), size):
-        yield Batch(candidates=tuple(candidates[start : start + size]))
+        yield Batch(source=source, candidates=tuple(candidates[start : start + size]))
 
 
 class _Ready:

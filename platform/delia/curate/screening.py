@@ -1,0 +1,98 @@
+"""What a candidate shows by itself: a fault that rejects it, or the embedding of its instruction.
+
+    Row | Rejection --filters, leaks, overlap--> fault or None --embed those without one--> Screened
+
+It depends on nothing that was accepted, so candidates may be screened in any order, in any number of processes;
+`pipeline` then decides on them in index order.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from delia.curate.embedding import Embedder, Vectors
+from delia.curate.filters import FilterConfig, find_fault
+from delia.curate.language import find_languages
+from delia.curate.leaks import TEMPLATE_LEAK, ControlTexts
+from delia.curate.overlap import OVERLAPS_EVAL, HeldOut
+from delia.schema import Rejection, Row, SeedTask
+
+Candidate = Row | Rejection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Screened:
+    """What candidates show, each in its place.
+
+    Attributes:
+        faults: The reason that speaks against each, or None; of a rejection of synthesis its own.
+        vectors_ND: Embeddings of the instructions, float32 [N, D], zeros where there is a fault; None where nothing
+            was embedded.
+    """
+
+    faults: Sequence[str | None]
+    vectors_ND: Vectors | None
+
+    def cut(self, start: int, stop: int) -> "Screened":
+        """Return that of the candidates from one place up to another."""
+        vectors_ND = None if self.vectors_ND is None else self.vectors_ND[start:stop]
+        return Screened(faults=self.faults[start:stop], vectors_ND=vectors_ND)
+
+
+class Screener:
+    """Screens candidates; the same candidate is always screened alike, but for the last bits of an embedding."""
+
+    def __init__(
+        self,
+        config: FilterConfig,
+        *,
+        overlap_ngram: int | None,
+        eval_rows: Iterable[SeedTask] = (),
+        train_rows: Iterable[SeedTask] = (),
+        control_texts: ControlTexts | None = None,
+        embed: Embedder | None = None,
+    ) -> None:
+        """Take the rules.
+
+        Args:
+            config: The limits of a row.
+            overlap_ngram: See `overlap.HeldOut`.
+            eval_rows: See `overlap.HeldOut`.
+            train_rows: See `overlap.HeldOut`.
+            control_texts: The chat format's control tokens that no row may spell; None: no text is one.
+            embed: Embeds instructions; None embeds none.
+
+        Raises:
+            ConfigError: An unknown language.
+        """
+        find_languages(config.languages or ())
+        self._config = config
+        self._control_texts = control_texts
+        self._held_out = HeldOut(eval_rows, train_rows=train_rows, ngram=overlap_ngram)
+        self._embed = embed
+
+    def screen(self, candidates: Sequence[Candidate]) -> Screened:
+        """Return what the candidates show."""
+        faults = [self._find_fault(item) if isinstance(item, Row) else item.reason for item in candidates]
+        return Screened(faults=faults, vectors_ND=self._embed_faultless(candidates, faults))
+
+    def _find_fault(self, row: Row) -> str | None:
+        fault = find_fault(row, self._config)
+        if fault is not None:
+            return fault
+        if self._control_texts is not None and self._control_texts.leaks(row):
+            return TEMPLATE_LEAK
+        return OVERLAPS_EVAL if self._held_out.overlaps(row) else None
+
+    def _embed_faultless(
+        self, candidates: Sequence[Candidate], faults: Sequence[str | None]
+    ) -> Vectors | None:
+        places = [place for place, fault in enumerate(faults) if fault is None]
+        rows = [item for place in places if isinstance(item := candidates[place], Row)]
+        if self._embed is None or not rows:
+            return None
+        embedded_MD = self._embed([row.instruction for row in rows])
+        vectors_ND = np.zeros((len(candidates), embedded_MD.shape[1]), dtype=np.float32)
+        vectors_ND[places] = embedded_MD
+        return vectors_ND

@@ -1,0 +1,151 @@
+"""Candidates are screened in processes of their own, ahead of the one that accepts them.
+
+    StoredChunk | Batch --a screener's process--> Screenings --> Acceptance, in the order in which they came
+
+To tell a row's language and to embed its instruction takes milliseconds, and depends on no other row; the one process
+that accepts would hold back the engines of a whole cluster. Where no rule is costly there is none of these, and the
+process that accepts screens.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from delia.chat import ChatEncoder
+from delia.curate.pipeline import CurateConfig
+from delia.curate.rejection import reject
+from delia.curate.screening import Screened, Screener
+from delia.errors import ChatError
+from delia.flow.curation import open_screener
+from delia.flow.workspace import Workspace
+from delia.generate.pipeline import worker_environment
+from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, SeedTask
+from delia.synthesize.dialogue import UNRENDERABLE
+from delia.synthesize.pipeline import Batch, StoredChunk
+
+MEMORY = 2**30
+"""Bytes that are asked for, as by an acceptance: a head that offers none is spared."""
+AHEAD = 2
+"""Batches a screener: one that it works on, and one that waits."""
+MAX_TRIES = 3
+"""How often a batch is screened whose process dies of it, or with its node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Screenings:
+    """Candidates, and what they show; None: they were not screened yet."""
+
+    batch: Batch
+    screened: Screened | None = None
+
+    @property
+    def source(self) -> str:
+        """Return the name of their source."""
+        return self.batch.source
+
+
+def read_candidates(item: StoredChunk | Batch, chat: ChatEncoder) -> Batch:
+    """Return the candidates of a chunk; or rows of a file, those that the template refuses as rejections.
+
+    No one can train on a chat that the template refuses; the rejection's text says why.
+
+    Raises:
+        StoreError: The file of a chunk is missing or was changed.
+    """
+    if isinstance(item, StoredChunk):
+        return item.read()
+    return replace(item, candidates=tuple(_render(candidate, chat) for candidate in item.candidates))
+
+
+def _render(candidate: Row | Rejection, chat: ChatEncoder) -> Row | Rejection:
+    if isinstance(candidate, Rejection):
+        return candidate
+    try:
+        chat.encode_chat(candidate.messages)
+    except ChatError as error:
+        return replace(reject(candidate, UNRENDERABLE), text=str(error)[:MAX_REJECTED_TEXT])
+    return candidate
+
+
+class ScreenerActor:
+    """One process that screens; its errors are raised where its result is taken."""
+
+    def __init__(self, curate: CurateConfig, space: Workspace, *, eval_rows: Sequence[SeedTask]) -> None:
+        """Take the settings; models are loaded at their first use."""
+        self._curate, self._space, self._eval_rows = curate, space, eval_rows
+        self._screener: Screener | None = None
+
+    def screen(self, item: StoredChunk | Batch) -> Screenings:
+        """Read candidates and screen them.
+
+        Raises:
+            ConfigError: No such embedder or language.
+            StoreError: The file of a chunk is missing or was changed.
+        """
+        if self._screener is None:  # apart from the constructor, whose errors an actor hides
+            self._screener = open_screener(self._curate, self._space, eval_rows=self._eval_rows)
+        batch = read_candidates(item, self._space.chat)
+        return Screenings(batch=batch, screened=self._screener.screen(batch.candidates))
+
+
+class Screeners:
+    """The processes that screen; each batch goes to one that has the fewest under way."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        """Take the actors; none of them: batches pass as they are."""
+        self._under_way: dict[Any, list[Any]] = {actor: [] for actor in actors}
+
+    def screen_ahead(self, items: Iterable[StoredChunk | Batch]) -> Iterator[Any]:
+        """Yield what `Acceptance.take` takes of each item, in their order.
+
+        Items are read on as long as the first one is not screened, up to `AHEAD` a process.
+        """
+        waiting: deque[Any] = deque()
+        for item in items:
+            waiting.append(self._begin(item))
+            while waiting and (len(waiting) > AHEAD * len(self._under_way) or _is_done(waiting[0])):
+                yield waiting.popleft()
+        yield from waiting
+
+    def _begin(self, item: StoredChunk | Batch) -> Any:
+        if not self._under_way:
+            return item
+        for actor, refs in self._under_way.items():
+            self._under_way[actor] = [ref for ref in refs if not _is_done(ref)]
+        actor = min(self._under_way, key=lambda actor: len(self._under_way[actor]))
+        ref = actor.screen.remote(item)
+        self._under_way[actor].append(ref)
+        return ref
+
+
+def _is_done(ref: Any) -> bool:
+    return bool(ray.wait([ref], timeout=0, fetch_local=False)[0])
+
+
+@contextmanager
+def host_screeners(
+    curate: CurateConfig, space: Workspace, *, eval_rows: Sequence[SeedTask]
+) -> Iterator[Screeners]:
+    """Hold `curate.num_screeners` processes on nodes of the cluster where a rule is costly, else none."""
+    remote: Any = ray.remote(ScreenerActor)
+    options = {
+        "num_cpus": 0,  # they must find a place beside engines that take every CPU
+        "memory": MEMORY,
+        "scheduling_strategy": "SPREAD",
+        "max_restarts": -1,
+        "max_task_retries": MAX_TRIES - 1,
+        "runtime_env": {"env_vars": worker_environment()},
+    }
+    actors = [
+        remote.options(**options).remote(curate, space, eval_rows=eval_rows)
+        for _ in range(curate.num_screeners if curate.is_costly else 0)
+    ]
+    try:
+        yield Screeners(actors)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
