@@ -9,6 +9,13 @@ from delia.curate.language import find_languages, is_foreign
 from delia.errors import ConfigError
 from delia.starter.world import draw_item
 
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    """Let no test find what another one asked."""
+    is_foreign.cache_clear()
+
+
 FOREIGN = {
     "de": ("Wie heißt die Hauptstadt von Polen?", "Der Hund ist in Berlin.", "Das Land im Winter."),
     "fr": ("Quelle est la capitale de la Pologne ?", "Le restaurant est cher.", "Cite trois animaux."),
@@ -80,6 +87,7 @@ def test_no_foreign_text_is_kept_because_a_quick_look_finds_the_wanted_language_
         with monkeypatch.context() as patch:
             patch.setattr(language, "_build_detectors", lambda: (Unsure, thorough))
             expected = is_foreign(text, ("en",))
+        is_foreign.cache_clear()
         assert is_foreign(text, ("en",)) == expected
 
     assert of_english < language._KEPT_SHARE / 2, "near to what would let a text pass"
@@ -100,6 +108,13 @@ def test_most_english_questions_need_no_thorough_look(monkeypatch):
 
     assert not any(is_foreign(text, ("en",)) for text in texts)
     assert 0 < len(asked) < 60
+
+
+def test_a_text_that_comes_again_is_not_looked_at_again(monkeypatch):
+    assert not is_foreign("42 foxes", ("en",))
+    monkeypatch.setattr(language, "_build_detectors", None)
+
+    assert not is_foreign("42 foxes", ("en",))
 
 
 def test_a_language_that_is_not_known_is_refused_with_those_that_are():

@@ -14,7 +14,7 @@ likelier in a wanted language than not is kept. It can't reject one: it took one
 eight for a foreign one.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from delia.errors import ConfigError
@@ -22,6 +22,8 @@ from delia.errors import ConfigError
 _FOREIGN_SHARE = 0.5
 _WANTED_SHARE = 0.05
 _KEPT_SHARE = 0.5
+_NUM_REMEMBERED = 1 << 14
+"""Texts whose verdict is remembered: short answers come again and again."""
 
 
 @cache
@@ -55,6 +57,7 @@ def _build_detectors() -> tuple[Any, Any]:
     return builder.with_low_accuracy_mode().build(), thorough
 
 
+@lru_cache(maxsize=_NUM_REMEMBERED)
 def is_foreign(text: str, codes: tuple[str, ...]) -> bool:
     """Tell whether a text is surely in a language other than those of the codes."""
     wanted = find_languages(codes)

@@ -140,10 +140,10 @@ def host_screeners(
         "max_task_retries": MAX_TRIES - 1,
         "runtime_env": {"env_vars": worker_environment()},
     }
-    actors = [
-        remote.options(**options).remote(curate, space, eval_rows=eval_rows)
-        for _ in range(curate.num_screeners if curate.is_costly else 0)
-    ]
+    number = curate.num_screeners if curate.is_costly else 0
+    # one copy for all; and one that is restarted finds it as long as it is held here
+    shared = {name: ray.put(value) for name, value in (("space", space), ("eval_rows", eval_rows)) if number}
+    actors = [remote.options(**options).remote(curate, **shared) for _ in range(number)]
     try:
         yield Screeners(actors)
     finally:
