@@ -1,6 +1,7 @@
 """Foreign texts are found, and what can't be told is kept."""
 
 import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,9 +12,11 @@ from delia.starter.world import draw_item
 
 
 @pytest.fixture(autouse=True)
-def forget() -> None:
+def forget() -> Iterator[None]:
     """Let no test find what another one asked."""
-    is_foreign.cache_clear()
+    language._judge_short.cache_clear()
+    yield
+    language._judge_short.cache_clear()
 
 
 FOREIGN = {
@@ -87,7 +90,7 @@ def test_no_foreign_text_is_kept_because_a_quick_look_finds_the_wanted_language_
         with monkeypatch.context() as patch:
             patch.setattr(language, "_build_detectors", lambda: (Unsure, thorough))
             expected = is_foreign(text, ("en",))
-        is_foreign.cache_clear()
+        language._judge_short.cache_clear()
         assert is_foreign(text, ("en",)) == expected
 
     assert of_english < language._KEPT_SHARE / 2, "near to what would let a text pass"
@@ -111,10 +114,14 @@ def test_most_english_questions_need_no_thorough_look(monkeypatch):
 
 
 def test_a_text_that_comes_again_is_not_looked_at_again(monkeypatch):
+    long = "there are 42 foxes . " * 10
     assert not is_foreign("42 foxes", ("en",))
+    assert not is_foreign(long, ("en",))
     monkeypatch.setattr(language, "_build_detectors", None)
 
     assert not is_foreign("42 foxes", ("en",))
+    with pytest.raises(TypeError):  # long ones would fill the memory
+        is_foreign(long, ("en",))
 
 
 def test_a_language_that_is_not_known_is_refused_with_those_that_are():

@@ -77,7 +77,7 @@ def test_one_that_dies_at_every_start_ends_the_job_with_the_number_and_the_way_o
     started = kill_at(*[1] * flow.MAX_LOSSES)
 
     with pytest.raises(
-        PoolError, match=r"the process that curates died 3 times after 8 candidates .* run the job again"
+        PoolError, match=r"a process that curates died 3 times after 8 candidates .* run the job again"
     ):
         build(space)
     assert len(started) == flow.MAX_LOSSES

@@ -9,18 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from delia.config import MethodConfig
 from delia.curate.pipeline import CurateConfig
 from delia.errors import PoolError
-from delia.flow.pool import PoolConfig, build_pool, pool_fingerprint
+from delia.flow.pool import build_pool, pool_fingerprint
 from delia.flow.workspace import Workspace
-from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.schema import SeedTask
 from delia.store.candidates import Candidate, from_candidate_table
 from delia.store.merkle import merkle_root
 from delia.store.pools import Pool
 from delia.store.tables import Manifest, is_finished, read_table
-from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 LOOSE = CurateConfig(near_duplicate_threshold=None, overlap_ngram=None, max_repeated_share=None)
 
@@ -231,35 +228,3 @@ def test_a_source_that_runs_out_is_an_error_with_the_numbers_and_leaves_no_pool(
 def test_nothing_stored_and_no_engine_is_an_error_and_not_an_empty_pool(space, build):
     with pytest.raises(PoolError, match=r"source 'web' gave 0 of 24 rows .* \(rejected: {}\)"):
         build(space, num_replicas=None)
-
-
-# ---- the real engine
-
-
-@pytest.mark.system
-def test_two_replicas_of_vllm_write_the_256_candidates_and_the_pool_of_one(cluster, opened, tmp_path, build):
-    source = SourceConfig(
-        name="magpie",
-        synthesizer=MethodConfig(method="delia.methods.synthesizer.magpie.Magpie"),
-        num_rows=100,
-        max_candidates=256,
-    )
-    sampling = SamplingConfig(max_tokens=64)
-    synthesize = SynthesizeConfig(sources=(source,), sampling=sampling, chunk_size=64, max_length=256)
-    everything = PoolConfig(
-        synthesize=synthesize.model_copy(update={"sources": (source.model_copy(update={"num_rows": 256}),)}),
-        curate=LOOSE.model_copy(update={"max_prompt_tokens": 1}),
-    )
-    candidates, roots = [], []
-    for num_replicas in (1, 2):
-        space = dataclasses.replace(opened, output_dir=str(tmp_path / str(num_replicas)))
-        engine = EngineConfig(kind="vllm", num_replicas=num_replicas, max_model_len=256)
-        with pytest.raises(PoolError, match="of 256 rows"):  # all are rejected, so all are generated
-            build_pool(everything, space, engine=engine, log=lambda metrics, step: None)
-        candidates.append([item for path in list_chunks(space) for item in read_candidates(path)])
-        config = PoolConfig(synthesize=synthesize, curate=LOOSE)
-        roots.append(build(space, config, num_replicas=None).manifest.root)
-
-    assert len(candidates[0]) == 256
-    assert candidates[0] == candidates[1]
-    assert roots[0] == roots[1]

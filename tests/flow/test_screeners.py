@@ -1,31 +1,43 @@
 """Candidates are screened in processes of their own: the pool is that of one process, whatever dies or is slow."""
 
 import dataclasses
+import json
+import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
+from delia.config import MethodConfig
 from delia.curate.pipeline import CurateConfig
 from delia.errors import PoolError, StoreError
 from delia.flow import pool as flow
 from delia.flow import screening
 from delia.flow.acceptance import host_acceptance
-from delia.flow.pool import MAX_LOSSES, PoolConfig, pool_fingerprint
-from delia.flow.screening import AHEAD, Screeners, host_screeners
+from delia.flow.pool import PoolConfig, pool_fingerprint
+from delia.flow.screening import ScreenerActor, Screeners, host_screeners
 from delia.flow.workspace import Workspace
+from delia.generate.engine import SamplingConfig
 from delia.store.pools import Pool, read_rejections
+from delia.store.tasks import TaskConfig
+from delia.synthesize.pipeline import StoredChunk
+from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 LOOSE = CurateConfig(near_duplicate_threshold=None, overlap_ngram=None, max_repeated_share=None)
 BY_MEANING = LOOSE.model_copy(update={"embedder": "base", "semantic_threshold": 0.99, "num_screeners": 2})
 Kill = Callable[[Any, int], None]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch) -> None:
+    """Wait for processes as long as it takes on a busy machine."""
+    monkeypatch.setattr(screening, "PATIENCE", 600.0)
 
 
 @pytest.fixture
@@ -35,7 +47,13 @@ def config(make_config) -> PoolConfig:
 
 
 @pytest.fixture
-def screen_apart(monkeypatch, local_stage) -> Callable[..., Counter[Any]]:
+def processes() -> dict[Any, int]:
+    """Screeners' actors -> the number of the process that each began in, by `screen_apart`."""
+    return {}
+
+
+@pytest.fixture
+def screen_apart(monkeypatch, local_stage, processes) -> Callable[..., Counter[Any]]:
     """Return a function that lets pools be screened and accepted in processes; it returns each one's batches.
 
     Chunks are made in this process. `kill` is called with a batch's actor and the number of those before, once it has
@@ -48,6 +66,10 @@ def screen_apart(monkeypatch, local_stage) -> Callable[..., Counter[Any]]:
         @contextmanager
         def host(*args: Any, **options: Any) -> Iterator[Screeners]:
             with host_screeners(*args, **options) as screeners:
+                while screeners._starting:
+                    screeners._admit(timeout=120)
+                for actor in screeners._under_way:
+                    processes[actor] = ray.get(actor.__ray_call__.remote(get_process))
                 begin = screeners._begin
 
                 def watch(item: Any) -> Any:
@@ -80,6 +102,11 @@ def build_here(build, local_stage, tmp_path) -> Callable[..., tuple[Pool, Worksp
     return make
 
 
+def get_process(_: Any) -> int:
+    """Return the number of the process that runs an actor."""
+    return os.getpid()
+
+
 def check_equal(pool: Pool, space: Workspace, whole: Pool, here: Workspace, name: str) -> None:
     """Hold that two pools have the same rows, rejections and cost."""
     assert (pool.manifest.root, pool.rows) == (whole.manifest.root, whole.rows)
@@ -90,39 +117,39 @@ def check_equal(pool: Pool, space: Workspace, whole: Pool, here: Workspace, name
     assert pool.manifest.details["cost"] == whole.manifest.details["cost"]
 
 
-def test_the_pool_is_that_of_one_process(cluster, space, build, build_here, config, screen_apart):
+def test_the_pool_is_that_of_one_process_though_screeners_die(
+    cluster, space, build, build_here, config, screen_apart, processes
+):
     whole, here = build_here(space, config)
-    sent = screen_apart()
-    pool = build(space, config)
 
-    assert len(sent) == 2, "one screener had all the work"
-    assert pool.manifest.counts["rejected_semantic_duplicate"] > 0
-    check_equal(pool, space, whole, here, pool_fingerprint(config, space))
-
-
-def test_it_is_so_where_the_screeners_die(cluster, space, build, build_here, config, screen_apart):
-    whole, here = build_here(space, config)
+    restarted: list[bool] = []
 
     def kill(actor: Any, number: int) -> None:
         if number in (1, 4):
             ray.kill(actor, no_restart=False)
+            restarted.append(ray.get(actor.__ray_call__.remote(get_process)) != processes[actor])
 
     sent = screen_apart(kill)
     pool = build(space, config)
 
     assert sent.total() > 4
     assert len(sent) == 2, "the pool was begun anew, with other screeners"
+    assert restarted == [True, True]
+    assert pool.manifest.counts["rejected_semantic_duplicate"] > 0
     check_equal(pool, space, whole, here, pool_fingerprint(config, space))
 
 
 def test_one_that_dies_of_everything_ends_the_job_with_the_way_out(
-    cluster, space, build, config, screen_apart
+    cluster, space, build, config, screen_apart, monkeypatch
 ):
+    monkeypatch.setattr(flow, "MAX_LOSSES", 2)
     sent = screen_apart(lambda actor, number: ray.kill(actor))
 
-    with pytest.raises(PoolError, match=r"died 3 times after 0 candidates .* run the job again"):
+    with pytest.raises(
+        PoolError, match=r"a process that curates died 2 times after 0 candidates .* run the job again"
+    ):
         build(space, config)
-    assert len(sent) >= MAX_LOSSES
+    assert len(sent) >= 2
 
 
 def test_a_damaged_chunk_is_the_stores_error_and_not_the_screeners(
@@ -148,71 +175,80 @@ def test_the_number_of_screeners_is_no_part_of_a_pools_name(space, config):
 
 @pytest.mark.parametrize(
     ("settings", "number"),
-    [({}, 0), ({"reject_refusals": True}, 0), ({"languages": ("en",)}, 3), ({"embedder": "base"}, 0)],
+    [
+        ({}, 0),
+        ({"reject_refusals": True}, 0),
+        ({"embedder": "base"}, 0),
+        ({"languages": ("en",)}, 3),
+        ({"embedder": "base", "semantic_threshold": 0.9}, 3),
+    ],
 )
 def test_there_are_as_many_as_settings_say_where_a_rule_is_costly_and_else_none(
     cluster, space, settings, number
 ):
     curate = CurateConfig(num_screeners=3, **settings)
     with host_screeners(curate, space, eval_rows=()) as screeners:
-        assert len(screeners._under_way) == number
+        assert len(screeners._starting) + len(screeners._under_way) == number
+        assert bool(screeners._under_way) == bool(number), "the first one was not waited for"
 
 
-# ---- the order, with batches that are done when a test says so
+def test_where_no_node_has_room_for_one_the_accepting_process_screens_and_says_so(
+    cluster, space, build, build_here, config, screen_apart, monkeypatch, caplog
+):
+    whole, here = build_here(space, config)
+    monkeypatch.setattr(screening, "MEMORY", 2**60)
+    monkeypatch.setattr(screening, "PATIENCE", 0.5)
+    screen_apart()
+    monkeypatch.setattr(flow, "host_screeners", host_screeners)  # to wait for both would be to wait for ever
+    pool = build(space, config)
+
+    assert "no node has room for a process that screens" in caplog.text
+    check_equal(pool, space, whole, here, pool_fingerprint(config, space))
 
 
-class Slow:
-    """Screeners whose batches are letters, done once they are in `done`; `sent` has what each was given."""
+def test_stored_candidates_that_are_enough_start_no_engine(
+    cluster, space, build, build_here, config, screen_apart, monkeypatch
+):
+    """Though one who reads ahead would be at the end of them before the last is decided on."""
+    whole, here = build_here(space, config)
+    shutil.rmtree(here.address("pools", pool_fingerprint(config, here)))
+    sent = screen_apart()
+    monkeypatch.setattr("delia.synthesize.pipeline.run_script", None)
+    pool = build(here, config)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-        self.done: set[str] = set()
-        self.sent: list[list[str]] = [[] for _ in range(count)]
-        monkeypatch.setattr(screening, "_is_done", self.done.__contains__)
-        self.screeners = Screeners([SlowActor(items) for items in self.sent])
-
-
-class SlowActor:
-    """An actor's handle: `screen.remote` notes the item, which is its own result."""
-
-    def __init__(self, items: list[str]) -> None:
-        self.screen = SimpleNamespace(remote=lambda item: items.append(item) or item)
+    assert sent.total() > 0
+    assert pool.manifest.root == whole.manifest.root
 
 
-def test_batches_come_in_their_order_and_are_read_ahead_so_far_and_no_further(monkeypatch):
-    slow, read = Slow(monkeypatch, 2), []
-    results = slow.screeners.screen_ahead(read.append(item) or item for item in "abcdefghij")
-    slow.done.update("bcde")  # all that comes after the first
-
-    assert next(results) == "a"  # who takes it waits for it
-    assert read == list("abcde")[: AHEAD * 2 + 1]
-    assert [next(results) for _ in range(4)] == list("bcde")
-    slow.done.update("fghij")
-    assert list(results) == list("fghij")
-
-
-def test_a_batch_that_is_done_is_handed_on_before_more_is_read(monkeypatch):
-    slow, read = Slow(monkeypatch, 2), []
-    slow.done.update("abc")
-    results = slow.screeners.screen_ahead(read.append(item) or item for item in "abc")
-
-    assert [(next(results), len(read)) for _ in range(3)] == [("a", 1), ("b", 2), ("c", 3)]
-
-
-def test_the_slower_of_two_gets_less_to_do(monkeypatch):
-    slow = Slow(monkeypatch, 2)
-    items = iter("abcdefgh")
-    results = slow.screeners.screen_ahead(
-        slow.done.update(item if item != "a" else "") or item for item in items
+def test_rows_of_a_file_and_the_answers_to_them_are_screened_apart_too(
+    cluster, space, build, build_here, screen_apart, tmp_path
+):
+    words = ("fox", "owl", "bear", "fox", "wolf", "hen", "cat")
+    rows = [{"prompt": f"what of the {word} ?", "completion": "yes"} for word in words]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    file = SourceConfig(name="file", rows=TaskConfig(path=str(path)), num_rows=5)
+    method = MethodConfig(method="delia.methods.synthesizer.answering.Answering")
+    answers = SourceConfig(
+        name="answers", synthesizer=method, feeds_on=("file",), num_rows=2, max_candidates=5
     )
+    synthesize = SynthesizeConfig(
+        sources=(file, answers), sampling=SamplingConfig(max_tokens=64), chunk_size=2
+    )
+    config = PoolConfig(
+        synthesize=synthesize, curate=BY_MEANING.model_copy(update={"semantic_threshold": 0.99999})
+    )
+    whole, here = build_here(space, config)
+    sent = screen_apart()
+    pool = build(space, config)
 
-    assert list(results) == list("abcdefgh")
-    assert slow.sent == [["a"], list("bcdefgh")]
+    assert sent.total() >= 5
+    assert pool.manifest.counts["rejected_duplicate"] == 1
+    check_equal(pool, space, whole, here, pool_fingerprint(config, space))
 
 
-def test_without_screeners_items_pass_one_by_one(monkeypatch):
-    read: list[str] = []
-    results = Screeners(()).screen_ahead(read.append(item) or item for item in "ab")
+def test_a_node_that_does_not_see_the_chunks_says_what_to_set(space):
+    actor = ScreenerActor(BY_MEANING, space, eval_rows=())
 
-    assert next(results) == "a"
-    assert read == ["a"]
-    assert list(results) == ["b"]
+    with pytest.raises(StoreError, match=r"output_dir='.*' is another directory on another node"):
+        actor.screen(StoredChunk(source="web", address=f"{space.output_dir}/none", num_candidates=1))

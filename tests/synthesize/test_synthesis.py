@@ -18,7 +18,7 @@ from delia.store.candidates import Candidate
 from delia.store.models import ModelConfig
 from delia.store.tables import list_names, read_table, write_table
 from delia.synthesize.dialogue import Dialogue
-from delia.synthesize.pipeline import StoredChunk, plan_chunks, synthesize
+from delia.synthesize.pipeline import StoredChunk, Synthesis, plan_chunks
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 STARTER = ModelConfig(path="package://delia.starter/weights")
@@ -51,7 +51,10 @@ def make_dialogue(config: SynthesizeConfig, **fields: object) -> Dialogue:
 
 def run(config: SynthesizeConfig, address: Path, *, engine: EngineConfig | None = ENGINE, **fields: object):
     dialogue = make_dialogue(config, **fields)
-    return synthesize(dialogue, chunk_size=config.chunk_size, engine=engine, address=str(address))
+    synthesis = Synthesis(dialogue, chunk_size=config.chunk_size, address=str(address))
+    yield from synthesis.read_stored()
+    if engine is not None:
+        yield from synthesis.generate(engine)
 
 
 def flatten(chunks: Iterable[StoredChunk]) -> list[Candidate]:

@@ -22,8 +22,8 @@ from delia.errors import ConfigError
 _FOREIGN_SHARE = 0.5
 _WANTED_SHARE = 0.05
 _KEPT_SHARE = 0.5
-_NUM_REMEMBERED = 1 << 14
-"""Texts whose verdict is remembered: short answers come again and again."""
+_MAX_REMEMBERED = 200
+"""Letters of a text whose verdict is remembered: short answers come again and again."""
 
 
 @cache
@@ -57,15 +57,22 @@ def _build_detectors() -> tuple[Any, Any]:
     return builder.with_low_accuracy_mode().build(), thorough
 
 
-@lru_cache(maxsize=_NUM_REMEMBERED)
 def is_foreign(text: str, codes: tuple[str, ...]) -> bool:
     """Tell whether a text is surely in a language other than those of the codes."""
+    judge = _judge_short if len(text) <= _MAX_REMEMBERED else _judge
+    return judge(text, codes)
+
+
+def _judge(text: str, codes: tuple[str, ...]) -> bool:
     wanted = find_languages(codes)
     quick, thorough = _build_detectors()
     if _measure_share(quick.compute_language_confidence_values(text), wanted) >= _KEPT_SHARE:
         return False
     values = thorough.compute_language_confidence_values(text)
     return bool(values[0].value >= _FOREIGN_SHARE and _measure_share(values, wanted) < _WANTED_SHARE)
+
+
+_judge_short = lru_cache(maxsize=1 << 14)(_judge)
 
 
 def _measure_share(values: Any, wanted: frozenset[Any]) -> float:

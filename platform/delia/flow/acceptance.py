@@ -23,7 +23,7 @@ from delia.curate.stopping import ENOUGH_ROWS, StopConfig, StopRule
 from delia.errors import PoolError, StoreError
 from delia.flow.curation import Curation, open_curation
 from delia.flow.ledger import account, to_metrics
-from delia.flow.screening import Screenings, read_candidates
+from delia.flow.screening import Screenings, describe_other_directory, read_candidates
 from delia.flow.workspace import Workspace
 from delia.generate.calls import call
 from delia.generate.engine import EngineConfig
@@ -49,7 +49,7 @@ acceptance is not idle to an autoscaler."""
 
 
 class AcceptanceLostError(Exception):
-    """The process that holds an acceptance died, with its node or by itself; what it decided can be decided again."""
+    """The process that holds an acceptance died, or one that screens for it; what was decided can be decided again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +128,7 @@ class Acceptance:
             StoreError: This node doesn't see the mark.
         """
         if not exists(mark):
-            raise StoreError(
-                f"output_dir={self._space.output_dir!r} is another directory on another node: candidates are decided on"
-                " where there is room; set output_dir to a directory or a bucket that all nodes share"
-            )
+            raise StoreError(describe_other_directory(self._space))
         self._curation: Curation = self._open_curation()
 
     def open(self, names: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Synthesise until enough rows are accepted: candidates in index order -> Pool.
 
-    round of sources: synthesize --chunks--> Screeners --> Acceptance --> closed; the next round feeds on it
+    round of sources: Synthesis --chunks--> Screeners --> Acceptance --> closed; the next round feeds on it
     all rounds --> rows.parquet, rejected.parquet, manifest
 
 The driver plans chunks, stores each as it comes and passes on its address: it keeps no row, but those of imported
@@ -12,8 +12,9 @@ the stop rule: neither replicas, nor the order of chunks, nor restarts change it
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 
 from delia.config import FrozenConfig, fingerprint
 from delia.curate.overlap import digest_prompts, read_eval_rows
@@ -21,7 +22,7 @@ from delia.curate.pipeline import CurateConfig
 from delia.curate.stopping import StopConfig
 from delia.errors import ConfigError, PoolError
 from delia.flow.acceptance import Acceptance, AcceptanceLostError, host_acceptance
-from delia.flow.screening import host_screeners
+from delia.flow.screening import Screeners, host_screeners
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
 from delia.schema import SeedTask
@@ -32,11 +33,11 @@ from delia.synthesize.pipeline import (
     Batch,
     Imported,
     StoredChunk,
+    Synthesis,
     batch_imported,
     digest_imported,
     plan_rounds,
     read_imports,
-    synthesize,
 )
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
@@ -132,10 +133,10 @@ def build_pool(
             reached = forward.reached
             if num_lost == MAX_LOSSES:
                 raise PoolError(
-                    f"the process that curates died {MAX_LOSSES} times after {reached} candidates (last: {error}); see"
-                    " whether its node has memory for what the pool remembers, and run the job again"
+                    f"a process that curates died {MAX_LOSSES} times after {reached} candidates (last: {error}); see"
+                    " whether its node has memory for accepted texts or screening models, and run the job again"
                 ) from error
-            logger.warning("the process that curates died; it starts anew from the stored chunks: %s", error)
+            logger.warning("a process that curates died; it starts anew from the stored chunks: %s", error)
     log({"synthesize/seconds": time.monotonic() - started, **metrics}, num_seen)
     return read_pool(address)
 
@@ -153,53 +154,90 @@ def _make_pool(
 ) -> tuple[dict[str, float], int]:
     """Run all rounds and write the pool; return what is logged of it, and the number of candidates."""
     targets = {source.name: source.num_rows for source in config.synthesize.sources}
-    size = config.synthesize.chunk_size
-    with (
-        host_screeners(config.curate, space, eval_rows=eval_rows) as screeners,
-        host_acceptance(
-            config.curate,
-            config.stop,
-            space,
-            num_rows=targets,
-            eval_rows=eval_rows,
-            allowed_modules=allowed_modules,
-        ) as acceptance,
-    ):
+    with host_acceptance(
+        config.curate,
+        config.stop,
+        space,
+        num_rows=targets,
+        eval_rows=eval_rows,
+        allowed_modules=allowed_modules,
+    ) as acceptance:
         with leave_mark(space.output_dir) as mark:
             acceptance.begin(mark)
-
-        def take(items: Iterable[StoredChunk | Batch], ended: set[str], *names: str) -> None:
-            """Accept of the items until the named sources have ended; note which have."""
-            for item in screeners.screen_ahead(items):
-                progress = acceptance.take(item)
-                log(progress.to_metrics(), progress.num_seen)
-                ended.update(progress.ended)
-                if ended.issuperset(names):
-                    return
-
-        for sources in plan_rounds(config.synthesize):
-            acceptance.open([source.name for source in sources])
-            ended: set[str] = set()
-            for source in sources:
-                if source.name in imports:
-                    rows = batch_imported(source.name, imports[source.name], size=size)
-                    take(rows, ended, source.name)
-                    acceptance.check_supply(source.name)
-            written = tuple(source for source in sources if source.rows is None)
-            if written:
-                chunks = _generate(
-                    config,
-                    space,
-                    written,
-                    acceptance,
-                    engine=engine,
-                    ended=ended,
-                    allowed_modules=allowed_modules,
+        # they end before the pool is described, for which models are loaded once more
+        with host_screeners(config.curate, space, eval_rows=eval_rows) as screeners:
+            for sources in plan_rounds(config.synthesize):
+                _Round(config, space, sources, acceptance, screeners, log).run(
+                    imports, engine=engine, allowed_modules=allowed_modules
                 )
-                with closing(chunks):
-                    take(chunks, ended, *(source.name for source in written))
-            acceptance.close()
         return acceptance.write(space.address("pools", name), fingerprint=name, engine=engine)
+
+
+@dataclass
+class _Round:
+    """A round of sources; `ended` are those that have what they are to give."""
+
+    config: PoolConfig
+    space: Workspace
+    sources: tuple[SourceConfig, ...]
+    acceptance: Acceptance
+    screeners: Screeners
+    log: LogMetrics
+    ended: set[str] = field(default_factory=set)
+
+    def run(
+        self,
+        imports: Mapping[str, Imported],
+        *,
+        engine: EngineConfig | None,
+        allowed_modules: tuple[str, ...],
+    ) -> None:
+        """Accept of files, of stored candidates and of new ones until each source has ended."""
+        synthesize = self.config.synthesize
+        self.acceptance.open([source.name for source in self.sources])
+        for name in (source.name for source in self.sources if source.rows is not None):
+            self._take(batch_imported(name, imports[name], size=synthesize.chunk_size), name)
+            self.acceptance.check_supply(name)
+        written = tuple(source for source in self.sources if source.rows is None)
+        if written:
+            names = [source.name for source in written]
+            synthesis = Synthesis(
+                self._open_dialogue(written, allowed_modules),
+                chunk_size=synthesize.chunk_size,
+                address=self.space.address("candidates", ""),
+                ended=self.ended,
+            )
+            self._take(synthesis.read_stored(), *names)
+            if engine is not None and not self.ended.issuperset(names):
+                with closing(synthesis.generate(engine)) as chunks:
+                    self._take(chunks, *names)
+        self.acceptance.close()
+
+    def _take(self, items: Iterable[StoredChunk | Batch], *names: str) -> None:
+        """Accept of the items until the named sources have ended."""
+        for item in self.screeners.screen_ahead(items, self.ended):
+            progress = self.acceptance.take(item)
+            self.log(progress.to_metrics(), progress.num_seen)
+            self.ended.update(progress.ended)
+            if self.ended.issuperset(names):
+                return
+
+    def _open_dialogue(self, sources: tuple[SourceConfig, ...], allowed_modules: tuple[str, ...]) -> Dialogue:
+        """Return how the round's methods write."""
+        tokens = dict(self.space.chat.token_ids)
+        feed = dict.fromkeys(name for source in sources for name in source.feeds_on)
+        return Dialogue(
+            sources=sources,
+            sampling=self.config.synthesize.sampling,
+            model=sources[0].model or self.space.model,
+            max_length=self.config.synthesize.max_length,
+            task_tokens={} if sources[0].model else tokens,  # another model has no rows for them
+            tokens=tuple(tokens),
+            seed_tasks=self.space.task.rows_by_split["train"],
+            long_instruction=self.space.task.long_instruction,
+            closed={name: self.acceptance.read_rows(name) for name in feed},
+            allowed_modules=allowed_modules,
+        )
 
 
 class _Forward:
@@ -227,37 +265,3 @@ def check_room(config: PoolConfig, engine: EngineConfig) -> None:
             f"pool.synthesize.max_length={max_length} is over engine.max_model_len={engine.max_model_len};"
             " raise engine.max_model_len, as far as the model goes, or lower max_length"
         )
-
-
-def _generate(
-    config: PoolConfig,
-    space: Workspace,
-    sources: tuple[SourceConfig, ...],
-    acceptance: Acceptance,
-    *,
-    engine: EngineConfig | None,
-    ended: set[str],
-    allowed_modules: tuple[str, ...],
-) -> Generator[StoredChunk, None, None]:
-    """Return where the candidates lie that a round's methods write, stored ones first."""
-    tokens = dict(space.chat.token_ids)
-    feed = dict.fromkeys(name for source in sources for name in source.feeds_on)
-    dialogue = Dialogue(
-        sources=sources,
-        sampling=config.synthesize.sampling,
-        model=sources[0].model or space.model,
-        max_length=config.synthesize.max_length,
-        task_tokens={} if sources[0].model else tokens,  # another model has no rows for them
-        tokens=tuple(tokens),
-        seed_tasks=space.task.rows_by_split["train"],
-        long_instruction=space.task.long_instruction,
-        closed={name: acceptance.read_rows(name) for name in feed},
-        allowed_modules=allowed_modules,
-    )
-    return synthesize(
-        dialogue,
-        chunk_size=config.synthesize.chunk_size,
-        engine=engine,
-        address=space.address("candidates", ""),
-        ended=ended,
-    )

@@ -4,11 +4,12 @@
 
 To tell a row's language and to embed its instruction takes milliseconds, and depends on no other row; the one process
 that accepts would hold back the engines of a whole cluster. Where no rule is costly there is none of these, and the
-process that accepts screens.
+process that accepts screens; as it does where no node has room for one.
 """
 
+import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,20 +20,25 @@ from delia.chat import ChatEncoder
 from delia.curate.pipeline import CurateConfig
 from delia.curate.rejection import reject
 from delia.curate.screening import Screened, Screener
-from delia.errors import ChatError
+from delia.errors import ChatError, StoreError
 from delia.flow.curation import open_screener
 from delia.flow.workspace import Workspace
 from delia.generate.pipeline import worker_environment
 from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, SeedTask
+from delia.store.tables import exists
 from delia.synthesize.dialogue import UNRENDERABLE
 from delia.synthesize.pipeline import Batch, StoredChunk
+
+logger = logging.getLogger(__name__)
 
 MEMORY = 2**30
 """Bytes that are asked for, as by an acceptance: a head that offers none is spared."""
 AHEAD = 2
 """Batches a screener: one that it works on, and one that waits."""
 MAX_TRIES = 3
-"""How often a batch is screened whose process dies of it, or with its node."""
+"""How often a batch is sent to a process that dies while it has it."""
+PATIENCE = 60.0
+"""Seconds that a pool waits for the first one to run; one that is placed takes a few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,14 @@ def _render(candidate: Row | Rejection, chat: ChatEncoder) -> Row | Rejection:
     return candidate
 
 
+def describe_other_directory(space: Workspace) -> str:
+    """Return what to say on a node that doesn't see what the driver wrote."""
+    return (
+        f"output_dir={space.output_dir!r} is another directory on another node: candidates are decided on where there"
+        " is room; set output_dir to a directory or a bucket that all nodes share"
+    )
+
+
 class ScreenerActor:
     """One process that screens; its errors are raised where its result is taken."""
 
@@ -84,9 +98,11 @@ class ScreenerActor:
 
         Raises:
             ConfigError: No such embedder or language.
-            StoreError: The file of a chunk is missing or was changed.
+            StoreError: The file of a chunk is missing or was changed, or this node doesn't see it.
         """
         if self._screener is None:  # apart from the constructor, whose errors an actor hides
+            if isinstance(item, StoredChunk) and not exists(item.address):
+                raise StoreError(describe_other_directory(self._space))
             self._screener = open_screener(self._curate, self._space, eval_rows=self._eval_rows)
         batch = read_candidates(item, self._space.chat)
         return Screenings(batch=batch, screened=self._screener.screen(batch.candidates))
@@ -96,22 +112,41 @@ class Screeners:
     """The processes that screen; each batch goes to one that has the fewest under way."""
 
     def __init__(self, actors: Sequence[Any]) -> None:
-        """Take the actors; none of them: batches pass as they are."""
-        self._under_way: dict[Any, list[Any]] = {actor: [] for actor in actors}
+        """Take the actors, which get work once they run; without one that does, batches pass as they are."""
+        self._starting: dict[Any, Any] = {actor.__ray_ready__.remote(): actor for actor in actors}
+        self._under_way: dict[Any, list[Any]] = {}
 
-    def screen_ahead(self, items: Iterable[StoredChunk | Batch]) -> Iterator[Any]:
-        """Yield what `Acceptance.take` takes of each item, in their order.
+    def wait(self) -> None:
+        """Wait for the first one to run: acceptance would load the same models for the first batches."""
+        if not self._starting:
+            return
+        self._admit(timeout=PATIENCE)
+        if not self._under_way:
+            logger.warning(
+                "no node has room for a process that screens (%d bytes of memory); rows are screened by the process"
+                " that accepts them, which is slower; see `ray status`, or lower curate.num_screeners",
+                MEMORY,
+            )
+
+    def screen_ahead(self, items: Iterable[StoredChunk | Batch], ended: Collection[str]) -> Iterator[Any]:
+        """Yield what `Acceptance.take` takes of each item, in their order, but of sources that have ended.
 
         Items are read on as long as the first one is not screened, up to `AHEAD` a process.
         """
-        waiting: deque[Any] = deque()
+        waiting: deque[tuple[str, Any]] = deque()
         for item in items:
-            waiting.append(self._begin(item))
-            while waiting and (len(waiting) > AHEAD * len(self._under_way) or _is_done(waiting[0])):
-                yield waiting.popleft()
-        yield from waiting
+            waiting.append((item.source, self._begin(item)))
+            while waiting:
+                source, result = waiting[0]
+                if source not in ended:
+                    if len(waiting) <= AHEAD * len(self._under_way) and not _is_done(result):
+                        break
+                    yield result
+                waiting.popleft()
+        yield from (result for source, result in waiting if source not in ended)
 
     def _begin(self, item: StoredChunk | Batch) -> Any:
+        self._admit(timeout=0)
         if not self._under_way:
             return item
         for actor, refs in self._under_way.items():
@@ -121,9 +156,15 @@ class Screeners:
         self._under_way[actor].append(ref)
         return ref
 
+    def _admit(self, timeout: float) -> None:
+        """Give work to those that run by now, from here on."""
+        if self._starting:
+            for ref in ray.wait(list(self._starting), num_returns=1, timeout=timeout)[0]:
+                self._under_way[self._starting.pop(ref)] = []
 
-def _is_done(ref: Any) -> bool:
-    return bool(ray.wait([ref], timeout=0, fetch_local=False)[0])
+
+def _is_done(result: Any) -> bool:
+    return not isinstance(result, ray.ObjectRef) or bool(ray.wait([result], timeout=0, fetch_local=False)[0])
 
 
 @contextmanager
@@ -145,7 +186,9 @@ def host_screeners(
     shared = {name: ray.put(value) for name, value in (("space", space), ("eval_rows", eval_rows)) if number}
     actors = [remote.options(**options).remote(curate, **shared) for _ in range(number)]
     try:
-        yield Screeners(actors)
+        screeners = Screeners(actors)
+        screeners.wait()
+        yield screeners
     finally:
         for actor in actors:
             ray.kill(actor)

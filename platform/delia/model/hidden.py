@@ -62,13 +62,12 @@ def embed_with_base(
         float32 [N, D], not of unit length.
     """
     words = [chat.encode_prompt((Message(role="user", content=word),))[::-1] for word in FIRST_WORDS]
-    # a causal model's state of a text does not see what comes after it
     num_after = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*words, strict=False)))
     num_before = len(chat.encode_user_prefix())
     sequences = []
     for text in texts:
         ids = chat.encode_prompt((Message(role="user", content=text),))
         last = len(ids) - num_after if text.strip() else 0
-        kept = ids[: max(last, 1)]
+        kept = ids[: max(last, 1)]  # no state of a causal model sees what comes after it
         sequences.append((kept, [num_before <= place < last for place in range(len(kept))]))
     return mean_hidden_states(model, sequences, batch_size=batch_size)

@@ -1,6 +1,6 @@
 """Seeds -> candidates, chunk by chunk, each chunk a file as soon as it is whole.
 
-    sources x indices --Dialogue on engine replicas--> chunk of Rows and Rejections --> a file
+    sources x indices --Synthesis: Dialogue on engine replicas--> chunk of Rows and Rejections --> a file
 
 A killed job keeps every finished chunk; started again, it generates the others. Chunks are kept by
 the hash of their recipe, so another pool of the same recipe, larger or curated otherwise, reuses
@@ -107,56 +107,69 @@ def plan_rounds(config: SynthesizeConfig) -> list[tuple[SourceConfig, ...]]:
     return [tuple(rounds[key]) for key in sorted(rounds, key=lambda key: key[0])]
 
 
-def synthesize(
-    dialogue: Dialogue,
-    *,
-    chunk_size: int,
-    engine: EngineConfig | None,
-    address: str,
-    ended: Collection[str] = (),
-) -> Generator[StoredChunk, None, None]:
-    """Yield where the candidates of one round lie, in index order a source; stop reading to stop generating.
+class Synthesis:
+    """The candidates of one round of sources: those that are stored, then those that are still to be generated."""
 
-    Args:
-        dialogue: The round's sources, and what their methods may use.
-        chunk_size: Candidates of a chunk.
-        engine: How the model is served; changes no text. None yields what is stored and generates nothing.
-        address: Directory of all candidates; a recipe's finished chunks lie in a folder of their own.
-        ended: Sources that need no more, which the reader adds to: their chunks are no longer yielded, nor begun.
+    def __init__(
+        self, dialogue: Dialogue, *, chunk_size: int, address: str, ended: Collection[str] = ()
+    ) -> None:
+        """See what is stored.
 
-    Raises:
-        ChatError: The template can write no candidate of a source.
-    """
-    names = [source.name for source in dialogue.sources]
-    folders = {name: join(address, dialogue.part(name)[1].recipe) for name in names}
-    finished = {(source, name) for source, folder in folders.items() for name in list_names(folder)}
-    chunks = plan_chunks(dialogue.sources, chunk_size)
-    ready = _Ready(folders, chunk_size, ended)
-    for chunk in chunks:
-        if (chunk.source, chunk.name) in finished:
-            yield from ready.add(chunk)
-    if engine is None:
-        return
-    missing = [
-        chunk for chunk in chunks if (chunk.source, chunk.name) not in finished and chunk.source not in ended
-    ]
-    for name in dict.fromkeys(chunk.source for chunk in missing):
-        dialogue.check_opening(name, (i for c in chunks if c.source == name for i in range(c.start, c.stop)))
-    by_start = {(chunk.source, chunk.start): chunk for chunk in missing}
-    tables = run_script(
-        dialogue,
-        [chunk.to_block() for chunk in missing],
-        model=dialogue.model,
-        engine=engine,
-        sampling=dialogue.sampling,
-        end_ids=dialogue.part(names[0])[1].chat.end_ids,
-        skip=ended,
-    )
-    with closing(tables):  # an error's traceback would keep them, and their engines
-        for table in tables:
-            chunk = by_start[table["source"][0].as_py(), table["index"][0].as_py()]
-            write_table(join(folders[chunk.source], chunk.name), table)
-            yield from ready.add(chunk)
+        Args:
+            dialogue: The round's sources, and what their methods may use.
+            chunk_size: Candidates of a chunk.
+            address: Directory of all candidates; a recipe's finished chunks lie in a folder of their own.
+            ended: Sources that need no more, which the reader adds to: their chunks are no longer yielded, nor begun.
+        """
+        self._dialogue, self._ended = dialogue, ended
+        self._end_ids = dialogue.part(dialogue.sources[0].name)[1].chat.end_ids
+        names = [source.name for source in dialogue.sources]
+        self._folders = {name: join(address, dialogue.part(name)[1].recipe) for name in names}
+        self._chunks = plan_chunks(dialogue.sources, chunk_size)
+        finished = {(source, name) for source, folder in self._folders.items() for name in list_names(folder)}
+        self._is_stored = {chunk: (chunk.source, chunk.name) in finished for chunk in self._chunks}
+        self._ready = _Ready(self._folders, chunk_size, ended)
+
+    def read_stored(self) -> Iterator[StoredChunk]:
+        """Yield where the stored candidates lie, in index order a source."""
+        for chunk, is_stored in self._is_stored.items():
+            if is_stored:
+                yield from self._ready.add(chunk)
+
+    def generate(self, engine: EngineConfig) -> Generator[StoredChunk, None, None]:
+        """Generate the others and yield where they lie, in index order a source; stop reading to stop generating.
+
+        Call it once `read_stored` is at its end, and what it yielded decided on: no engine starts before.
+
+        Args:
+            engine: How the model is served; changes no text.
+
+        Raises:
+            ChatError: The template can write no candidate of a source.
+        """
+        missing = [
+            chunk
+            for chunk, is_stored in self._is_stored.items()
+            if not is_stored and chunk.source not in self._ended
+        ]
+        for name in dict.fromkeys(chunk.source for chunk in missing):
+            own = (chunk for chunk in self._chunks if chunk.source == name)
+            self._dialogue.check_opening(name, (i for chunk in own for i in range(chunk.start, chunk.stop)))
+        by_start = {(chunk.source, chunk.start): chunk for chunk in missing}
+        tables = run_script(
+            self._dialogue,
+            [chunk.to_block() for chunk in missing],
+            model=self._dialogue.model,
+            engine=engine,
+            sampling=self._dialogue.sampling,
+            end_ids=self._end_ids,
+            skip=self._ended,
+        )
+        with closing(tables):  # an error's traceback would keep them, and their engines
+            for table in tables:
+                chunk = by_start[table["source"][0].as_py(), table["index"][0].as_py()]
+                write_table(join(self._folders[chunk.source], chunk.name), table)
+                yield from self._ready.add(chunk)
 
 
 def read_imports(config: SynthesizeConfig) -> dict[str, Imported]:
