@@ -125,9 +125,9 @@ class Synthesis:
         self._end_ids = dialogue.part(dialogue.sources[0].name)[1].chat.end_ids
         names = [source.name for source in dialogue.sources]
         self._folders = {name: join(address, dialogue.part(name)[1].recipe) for name in names}
-        self._chunks = plan_chunks(dialogue.sources, chunk_size)
         finished = {(source, name) for source, folder in self._folders.items() for name in list_names(folder)}
-        self._is_stored = {chunk: (chunk.source, chunk.name) in finished for chunk in self._chunks}
+        chunks = plan_chunks(dialogue.sources, chunk_size)
+        self._is_stored = {chunk: (chunk.source, chunk.name) in finished for chunk in chunks}
         self._ready = _Ready(self._folders, chunk_size, ended)
 
     def read_stored(self) -> Iterator[StoredChunk]:
@@ -153,7 +153,7 @@ class Synthesis:
             if not is_stored and chunk.source not in self._ended
         ]
         for name in dict.fromkeys(chunk.source for chunk in missing):
-            own = (chunk for chunk in self._chunks if chunk.source == name)
+            own = (chunk for chunk in self._is_stored if chunk.source == name)
             self._dialogue.check_opening(name, (i for chunk in own for i in range(chunk.start, chunk.stop)))
         by_start = {(chunk.source, chunk.start): chunk for chunk in missing}
         tables = run_script(
