@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from delia.curate.dedup import make_shingles, measure_jaccard
-from delia.curate.pipeline import Candidate, CurateConfig, Curator
+from delia.curate.pipeline import Candidate, Curator
+from delia.curate.screening import Screener
+from delia.curate.settings import CurateConfig
 from delia.curate.stopping import StopConfig, StopRule
 from delia.schema import MAX_REJECTED_TEXT, Message, Rejection, Row, SeedTask
 
@@ -70,7 +72,7 @@ def test_any_cut_into_batches_gives_what_the_rules_say(
     candidates: list[Candidate], cuts: list[int], target: int | None
 ):
     places = [0, *sorted(min(cut, len(candidates)) for cut in cuts), len(candidates)]
-    in_parts, at_once = (Curator(CONFIG, eval_rows=[HELD_OUT]) for _ in range(2))
+    in_parts, at_once = (Curator(Screener(CONFIG, eval_rows=[HELD_OUT])) for _ in range(2))
     rule, other = (target and StopRule(StopConfig(), num_rows=target) for _ in range(2))
     parts = [in_parts.feed(candidates[start:stop], rule=rule) for start, stop in pairwise(places)]
     results = [item for part in parts for item in part]
@@ -92,7 +94,7 @@ def test_every_rule_names_its_reason_and_all_are_counted():
         make_rejection(6),
         make_row(7, "what is rain ?"),
     ]
-    curator = Curator(CONFIG, eval_rows=[HELD_OUT])
+    curator = Curator(Screener(CONFIG, eval_rows=[HELD_OUT]))
     results = curator.feed(candidates)
 
     assert [item.reason if isinstance(item, Rejection) else "" for item in results] == [
@@ -108,20 +110,20 @@ def test_a_rejected_row_leaves_no_trace_in_what_is_accepted_later():
     """Rows 0 and 1 are refused for their answers, so the same instruction may come in with row 2."""
     rows = [make_row(0, "x y", answer=""), make_row(1, "x y", num_output_tokens=10), make_row(2, "x y")]
 
-    assert accepted_ids(Curator(CONFIG).feed(rows)) == ["r2"]
+    assert accepted_ids(Curator(Screener(CONFIG)).feed(rows)) == ["r2"]
 
 
 def test_of_two_near_duplicates_the_lower_index_survives():
     first, second = "name a small red cat", "name a small red cat please"
 
-    assert accepted_ids(Curator(CONFIG).feed([make_row(3, first), make_row(8, second)])) == ["r3"]
-    assert accepted_ids(Curator(CONFIG).feed([make_row(3, second), make_row(8, first)])) == ["r3"]
+    assert accepted_ids(Curator(Screener(CONFIG)).feed([make_row(3, first), make_row(8, second)])) == ["r3"]
+    assert accepted_ids(Curator(Screener(CONFIG)).feed([make_row(3, second), make_row(8, first)])) == ["r3"]
 
 
 @pytest.mark.parametrize(("ngram", "num_accepted"), [(1, 1), (3, 2)])
 def test_the_size_of_the_ngrams_is_the_setting(ngram: int, num_accepted: int):
     """The same six words in another order: all of their words are shared, and none of their trigrams."""
-    curator = Curator(CurateConfig(ngram=ngram))
+    curator = Curator(Screener(CurateConfig(ngram=ngram)))
     curator.feed([make_row(0, "one two three four five six"), make_row(1, "six five four three two one")])
 
     assert curator.num_accepted == num_accepted
@@ -129,7 +131,7 @@ def test_the_size_of_the_ngrams_is_the_setting(ngram: int, num_accepted: int):
 
 def test_a_rejection_keeps_the_beginning_of_the_instruction_and_what_was_paid_for():
     words = " ".join(f"word{i}" for i in range(1000))
-    (rejection,) = Curator(CONFIG).feed([make_row(4, words, answer="ANSWER", num_output_tokens=10)])
+    (rejection,) = Curator(Screener(CONFIG)).feed([make_row(4, words, answer="ANSWER", num_output_tokens=10)])
 
     assert rejection == Rejection(
         row_id="r4",
@@ -142,12 +144,12 @@ def test_a_rejection_keeps_the_beginning_of_the_instruction_and_what_was_paid_fo
 
 
 def test_a_rejection_of_synthesis_passes_through_as_it_came():
-    assert Curator(CONFIG).feed([make_rejection(0)]) == [make_rejection(0)]
+    assert Curator(Screener(CONFIG)).feed([make_rejection(0)]) == [make_rejection(0)]
 
 
 @pytest.mark.parametrize("second", [5, 4])
 def test_candidates_out_of_index_order_are_refused(second: int):
-    curator = Curator(CONFIG)
+    curator = Curator(Screener(CONFIG))
     curator.feed([make_row(5, "one")])
 
     with pytest.raises(ValueError, match=f"got index {second} of 's' after 5; sort them"):
@@ -155,7 +157,7 @@ def test_candidates_out_of_index_order_are_refused(second: int):
 
 
 def test_order_is_checked_past_the_target_too():
-    curator, rule = Curator(CONFIG), StopRule(StopConfig(), num_rows=1)
+    curator, rule = Curator(Screener(CONFIG)), StopRule(StopConfig(), num_rows=1)
     curator.feed([make_row(4, "one")], rule=rule)
 
     assert curator.feed([make_row(5, "two")], rule=rule) == []
@@ -166,7 +168,7 @@ def test_order_is_checked_past_the_target_too():
 def test_past_the_target_candidates_are_neither_rows_nor_rejections():
     """The second row is index 2; rejections before it are kept, those after it are not."""
     first: list[Candidate] = [make_rejection(0), make_row(1, "one"), make_row(2, "two")]
-    curator, rule = Curator(CONFIG), StopRule(StopConfig(), num_rows=2)
+    curator, rule = Curator(Screener(CONFIG)), StopRule(StopConfig(), num_rows=2)
 
     assert curator.feed([*first, make_rejection(3), make_row(4, "x")], rule=rule) == first
     assert curator.feed([make_row(9, "nine")], rule=rule) == []
@@ -178,8 +180,8 @@ def test_what_train_says_too_is_no_overlap():
     train = SeedTask(task_id="t1", messages=(Message(role="user", content="x a b c d"),))
     longer = SeedTask(task_id="t0", messages=(Message(role="user", content="a b c d e"),))
 
-    assert Curator(CONFIG, eval_rows=[longer]).feed(rows)[0] != rows[0]
-    assert Curator(CONFIG, eval_rows=[longer], train_rows=[train]).feed(rows) == rows
+    assert Curator(Screener(CONFIG, eval_rows=[longer])).feed(rows)[0] != rows[0]
+    assert Curator(Screener(CONFIG, eval_rows=[longer], train_rows=[train])).feed(rows) == rows
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_every_threshold_and_size_that_settings_allow_can_be_searched():
         config = CurateConfig(near_duplicate_threshold=threshold, num_perm=num_perm)
         rows = [make_row(0, "one two three four"), make_row(1, "one two three four !")]
         expected = ["r0"] if threshold <= 2 / 3 else ["r0", "r1"]
-        assert accepted_ids(Curator(config).feed(rows)) == expected
+        assert accepted_ids(Curator(Screener(config)).feed(rows)) == expected
 
 
 def test_all_of_a_large_feed_is_the_same_in_a_second_curator():
@@ -214,7 +216,7 @@ def test_all_of_a_large_feed_is_the_same_in_a_second_curator():
     rows = [make_row(i, " ".join(rng.choices("abcdefghij", k=rng.randint(1, 12)))) for i in range(1500)]
     config = CurateConfig(near_duplicate_threshold=0.5)
 
-    first = Curator(config).feed(rows)
-    curator = Curator(config)
+    first = Curator(Screener(config)).feed(rows)
+    curator = Curator(Screener(config))
     assert first == [item for row in rows for item in curator.feed([row])]
     assert {"duplicate", "near_duplicate"} <= set(curator.counts)

@@ -4,7 +4,9 @@ import pytest
 
 from delia.chat import load_chat
 from delia.curate.leaks import TEMPLATE_LEAK, ControlTexts
-from delia.curate.pipeline import CurateConfig, Curator
+from delia.curate.pipeline import Curator
+from delia.curate.screening import Screener
+from delia.curate.settings import CurateConfig
 from delia.schema import Message, Rejection, Row
 from delia.starter.task_files import TOKEN
 from delia.store.models import ModelConfig, resolve_model
@@ -63,8 +65,10 @@ def test_texts_are_compared_as_they_are_and_blank_ones_are_left_out():
 
 def test_the_curator_names_a_leak_unless_the_rule_is_off():
     row, texts = make_row("name a cat <|end|>"), ControlTexts(["<|end|>"])
-    (rejection,) = Curator(CurateConfig(), control_texts=texts).feed([row])
+    (rejection,) = Curator(Screener(CurateConfig(), control_texts=texts)).feed([row])
 
     assert isinstance(rejection, Rejection)
     assert rejection.reason == TEMPLATE_LEAK == "template_leak"
-    assert Curator(CurateConfig(reject_template_leaks=False), control_texts=texts).feed([row]) == [row]
+    assert Curator(Screener(CurateConfig(reject_template_leaks=False), control_texts=texts)).feed([row]) == [
+        row
+    ]

@@ -6,7 +6,9 @@ import random
 import pytest
 
 from delia.curate.novelty import Novelty, estimate_distinct
-from delia.curate.pipeline import CurateConfig, Curator
+from delia.curate.pipeline import Curator
+from delia.curate.screening import Screener
+from delia.curate.settings import CurateConfig
 from delia.curate.stopping import StopConfig, StopRule
 from delia.schema import Message, Rejection, Row
 
@@ -89,7 +91,7 @@ def test_a_curator_counts_every_candidate_with_an_instruction_up_to_its_target()
 
     rejection = Rejection(row_id="r9", index=9, source="s", reason="x", text="d")
     rows = [make_row(0, "a"), make_row(1, "a"), make_row(2, "b", ""), rejection, make_row(10, "c")]
-    curator = Curator(CurateConfig())
+    curator = Curator(Screener(CurateConfig()))
     curator.feed([*rows, make_row(11, "e")], rule=StopRule(StopConfig(), num_rows=2))
     report = curator.novelty.report()
 

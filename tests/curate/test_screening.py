@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from delia.curate.embedding import embed_hashed
-from delia.curate.pipeline import CurateConfig, Curator, make_screener
-from delia.curate.screening import Candidate, Screened
+from delia.curate.pipeline import Curator
+from delia.curate.screening import Candidate, Screened, Screener
+from delia.curate.settings import CurateConfig
 from delia.curate.stopping import StopConfig, StopRule
 from delia.schema import Message, Rejection, Row
 
@@ -44,8 +45,8 @@ def make_candidates(count: int = 700) -> list[Candidate]:
 @pytest.mark.parametrize("size", [700, 300, 37])
 def test_candidates_screened_elsewhere_in_parts_are_decided_on_as_those_screened_here(size, num_rows):
     candidates = make_candidates()
-    screener = make_screener(CONFIG, embed=embed_hashed)
-    here, elsewhere = (Curator(CONFIG, embed=embed_hashed) for _ in range(2))
+    screener = Screener(CONFIG, embed=embed_hashed)
+    here, elsewhere = (Curator(Screener(CONFIG, embed=embed_hashed)) for _ in range(2))
     rules = [StopRule(StopConfig(), num_rows=num_rows) if num_rows else None for _ in range(2)]
     parts = [candidates[start : start + size] for start in range(0, len(candidates), size)]
     expected = here.feed(candidates, rule=rules[0])
@@ -71,7 +72,7 @@ def test_only_rows_without_a_fault_are_embedded():
         return embed_hashed(texts)
 
     candidates = make_candidates(200)
-    screened = make_screener(CONFIG, embed=embed).screen(candidates)
+    screened = Screener(CONFIG, embed=embed).screen(candidates)
     faultless = [place for place, fault in enumerate(screened.faults) if fault is None]
 
     assert embedded == [candidates[place].instruction for place in faultless]
@@ -80,11 +81,11 @@ def test_only_rows_without_a_fault_are_embedded():
 
 
 def test_nothing_is_embedded_where_no_rule_asks_for_it_or_no_row_is_without_a_fault():
-    plain = make_screener(CurateConfig(), embed=embed_hashed)
+    plain = Screener(CurateConfig(), embed=embed_hashed)
     rejected = [item for item in make_candidates() if isinstance(item, Rejection)]
 
     assert plain.screen(make_candidates(20)).vectors_ND is None
-    assert make_screener(CONFIG, embed=embed_hashed).screen(rejected).vectors_ND is None
+    assert Screener(CONFIG, embed=embed_hashed).screen(rejected).vectors_ND is None
 
 
 def test_a_cut_takes_faults_and_vectors_of_the_same_places():

@@ -11,8 +11,10 @@ from pydantic import ValidationError
 from delia.chat import load_chat
 from delia.curate import semantic
 from delia.curate.embedding import BASE, Embedder, Vectors, embed_hashed, load_embedder, scale_to_unit
-from delia.curate.pipeline import Candidate, CurateConfig, Curator
-from delia.curate.semantic import SEMANTIC_DUPLICATE, SeenMeanings
+from delia.curate.pipeline import Candidate, Curator
+from delia.curate.screening import Screener
+from delia.curate.semantic import SEMANTIC_DUPLICATE, SeenMeanings, find_directions, sketch
+from delia.curate.settings import CurateConfig
 from delia.curate.stopping import StopConfig, StopRule
 from delia.errors import ConfigError
 from delia.schema import Message, Rejection, Row
@@ -88,12 +90,38 @@ def test_a_pair_on_the_threshold_is_near_and_a_refused_row_is_not_remembered():
         assert accept(vectors_ND, 0.81, cuts) == [0, 1, 2]
 
 
-def test_thousands_of_accepted_rows_are_all_remembered():
-    vectors_ND = draw_vectors(3000)
-    accepted = accept(vectors_ND, 0.99, range(100, 3000, 100))
+@pytest.mark.parametrize(("num_dimensions", "threshold"), [(6, 0.99), (64, 0.9), (2, 0.9999999)])
+@pytest.mark.parametrize("spread", [1.0, 0.3, 0.02])
+def test_thousands_of_accepted_rows_are_all_remembered(
+    monkeypatch: pytest.MonkeyPatch, num_dimensions: int, threshold: float, spread: float
+):
+    """Whether they have leading directions (a small spread of the others) or none, and in few dimensions."""
+    monkeypatch.setattr(semantic, "_ROWS_AT_A_TIME", 500)
+    monkeypatch.setattr(semantic, "_NUM_SAMPLED", 200)
+    scales_D = np.where(np.arange(num_dimensions) < max(2, num_dimensions // 8), 1, spread)
+    vectors_ND = scale_to_unit(draw_vectors(3000, num_dimensions) * scales_D)
+    rng = np.random.default_rng(1)
+    twins = rng.permutation(3000)
+    noise_ND = rng.normal(0, 0.02, (900, num_dimensions)) * scales_D
+    vectors_ND[twins[:900]] = scale_to_unit(vectors_ND[twins[900:1800]] + noise_ND)
+    accepted = accept(vectors_ND, threshold, range(100, 3000, 100))
 
-    assert accepted == accept_by_hand(vectors_ND, 0.99)
-    assert 2100 < len(accepted) < 2990
+    assert accepted == accept_by_hand(vectors_ND, threshold)
+    assert 100 < len(accepted) < 2990
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.02])
+def test_a_product_of_sketches_bounds_a_cosine_and_is_near_it_where_vectors_lie_along_few_directions(
+    spread: float,
+):
+    scales_D = np.where(np.arange(64) < 8, 1, spread)
+    vectors_ND = scale_to_unit(draw_vectors(500, 64) * scales_D)
+    sketches_NK = sketch(vectors_ND, find_directions(vectors_ND[:200]))
+    above = sketches_NK @ sketches_NK.T - vectors_ND @ vectors_ND.T
+
+    assert sketches_NK.shape == (500, 17)
+    assert above.min() > -1e-6
+    assert (above.max() < 0.02) == (spread < 1)
 
 
 # ---- in the curator
@@ -111,7 +139,7 @@ def test_the_curator_refuses_the_later_of_two_instructions_of_one_meaning():
         make_row(5, "sum of 2"),
         make_row(6, "sum of 1"),
     ]
-    curator = Curator(BY_MEANING, embed=embed_by_first_word)
+    curator = Curator(Screener(BY_MEANING, embed=embed_by_first_word))
 
     assert read_reasons(curator.feed(rows)) == ["", "", SEMANTIC_DUPLICATE, "duplicate"]
     assert curator.counts == {"semantic_duplicate": 1, "duplicate": 1}
@@ -119,7 +147,7 @@ def test_the_curator_refuses_the_later_of_two_instructions_of_one_meaning():
 
 def test_a_row_that_is_refused_for_another_reason_leaves_no_meaning_behind():
     rows = [make_row(0, "sum of 1", answer=""), make_row(1, "sum of 2"), make_row(2, "sum of 1")]
-    results = Curator(BY_MEANING, embed=embed_by_first_word).feed(rows)
+    results = Curator(Screener(BY_MEANING, embed=embed_by_first_word)).feed(rows)
 
     assert read_reasons(results) == ["empty", "", SEMANTIC_DUPLICATE]
 
@@ -127,7 +155,7 @@ def test_a_row_that_is_refused_for_another_reason_leaves_no_meaning_behind():
 def test_a_refused_meaning_leaves_no_text_behind():
     """The text of row 1 was refused for its meaning; the same text later is refused for that, not as seen."""
     rows = [make_row(0, "sum of 1"), make_row(1, "sum of 2"), make_row(2, "sum of 2")]
-    results = Curator(BY_MEANING, embed=embed_by_first_word).feed(rows)
+    results = Curator(Screener(BY_MEANING, embed=embed_by_first_word)).feed(rows)
 
     assert read_reasons(results) == ["", SEMANTIC_DUPLICATE, SEMANTIC_DUPLICATE]
 
@@ -139,7 +167,7 @@ def test_answers_are_never_embedded_and_rows_with_a_fault_are_not_either():
         embedded.extend(texts)
         return embed_hashed(texts)
 
-    Curator(BY_MEANING, embed=embed).feed(
+    Curator(Screener(BY_MEANING, embed=embed)).feed(
         [make_row(0, "one", answer=""), make_row(1, "two"), make_row(2, "six")]
     )
 
@@ -157,8 +185,8 @@ def test_how_candidates_are_batched_changes_nothing_with_the_base_model(embed_by
     rng = random.Random(2)
     texts = [draw_item(rng).prompt()[-1]["content"] for _ in range(600)]
     rows = [make_row(i, texts[i // 2 if i % 5 == 0 else i]) for i in range(600)]
-    config = BY_MEANING.model_copy(update={"semantic_threshold": 0.9})
-    at_once, in_parts = (Curator(config, embed=embed_by_base) for _ in range(2))
+    config = BY_MEANING.model_copy(update={"semantic_threshold": 0.985})
+    at_once, in_parts = (Curator(Screener(config, embed=embed_by_base)) for _ in range(2))
     rule, other = (StopRule(StopConfig(), num_rows=260) for _ in range(2))
     whole = at_once.feed(rows, rule=rule)
     parts = [
@@ -177,4 +205,4 @@ def test_an_embedder_of_words_does_not_compare_meanings():
     with pytest.raises(ValidationError, match="embedder='hashed' knows words only; set embedder to 'base'"):
         CurateConfig(semantic_threshold=0.9)
     with pytest.raises(ConfigError, match="semantic_threshold needs an embedder"):
-        Curator(BY_MEANING)
+        Curator(Screener(BY_MEANING))

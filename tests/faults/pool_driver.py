@@ -13,7 +13,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from delia.config import MethodConfig
-from delia.curate.pipeline import CurateConfig
+from delia.curate.settings import CurateConfig
 from delia.flow.pool import PoolConfig, build_pool, pool_fingerprint
 from delia.flow.workspace import RayConfig, Workspace, connect, open_workspace, start_slowly
 from delia.generate.engine import EngineConfig, SamplingConfig, ScriptedConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from delia.config import MethodConfig
-from delia.curate.pipeline import CurateConfig
+from delia.curate.settings import CurateConfig
 from delia.flow.pool import LogMetrics, PoolConfig, build_pool, pool_fingerprint
 from delia.flow.trial import ArmConfig, plan_arm, seal_adapter
 from delia.flow.workspace import Workspace, open_workspace

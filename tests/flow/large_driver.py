@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from delia.config import MethodConfig
-from delia.curate.pipeline import CurateConfig
+from delia.curate.settings import CurateConfig
 from delia.flow.pool import PoolConfig, build_pool
 from delia.flow.workspace import RayConfig, connect, open_workspace
 from delia.generate.engine import Completion, EngineConfig, Request, SamplingConfig

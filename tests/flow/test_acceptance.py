@@ -13,8 +13,8 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError
 
-from delia.curate.pipeline import CurateConfig
 from delia.curate.selection import SelectConfig
+from delia.curate.settings import CurateConfig
 from delia.errors import ConfigError, PoolError, StoreError
 from delia.flow import pool as flow
 from delia.flow.acceptance import AcceptanceLostError, _Calls, host_acceptance

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from delia.config import MethodConfig
-from delia.curate.pipeline import CurateConfig
+from delia.curate.settings import CurateConfig
 from delia.flow.acceptance import AcceptanceLostError
 from delia.flow.pool import PoolConfig, pool_fingerprint
 from delia.generate.engine import SamplingConfig

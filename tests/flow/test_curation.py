@@ -9,8 +9,8 @@ import pytest
 
 from delia.config import MethodConfig
 from delia.curate.likelihood import LIKELIHOOD, score_answers
-from delia.curate.pipeline import CurateConfig
 from delia.curate.selection import SelectConfig
+from delia.curate.settings import CurateConfig
 from delia.errors import ConfigError, PoolError
 from delia.flow.pool import PoolConfig, build_pool, pool_fingerprint
 from delia.flow.workspace import Workspace, open_workspace
@@ -214,7 +214,7 @@ def test_a_row_that_spells_a_control_token_of_the_chat_is_kept_out_of_the_pool(o
 
 
 def test_semantic_duplicates_are_found_with_the_workspaces_own_model(space):
-    by_meaning = LOOSE.model_copy(update={"embedder": "base", "semantic_threshold": 0.8})
+    by_meaning = LOOSE.model_copy(update={"embedder": "base", "semantic_threshold": 0.9})
     pool = curate(space, make_config(by_meaning))
 
     assert pool.manifest.counts["rejected_semantic_duplicate"] > 0

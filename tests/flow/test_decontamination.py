@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from delia.curate.pipeline import CurateConfig
+from delia.curate.settings import CurateConfig
 from delia.errors import TaskFileError
 from delia.flow.adapt import open_job
 from delia.flow.pool import PoolConfig, pool_fingerprint

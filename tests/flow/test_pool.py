@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from delia.curate.pipeline import CurateConfig
+from delia.curate.settings import CurateConfig
 from delia.errors import PoolError
 from delia.flow.pool import build_pool, pool_fingerprint
 from delia.flow.workspace import Workspace

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from delia.config import MethodConfig
-from delia.curate.pipeline import CurateConfig
+from delia.curate.settings import CurateConfig
 from delia.curate.stopping import StopConfig
 from delia.errors import ConfigError, PoolError, TaskFileError
 from delia.flow.pool import PoolConfig, build_pool

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from delia.config import MethodConfig
-from delia.curate.pipeline import CurateConfig
+from delia.curate.settings import CurateConfig
 from delia.errors import ChatError
 from delia.flow.pool import PoolConfig
 from delia.flow.workspace import Workspace, open_workspace

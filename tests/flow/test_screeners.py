@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from delia.config import MethodConfig
-from delia.curate.pipeline import CurateConfig
+from delia.curate.settings import CurateConfig
 from delia.errors import PoolError, StoreError
 from delia.flow import pool as flow
 from delia.flow import screening
@@ -30,7 +30,7 @@ from delia.synthesize.pipeline import StoredChunk
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 LOOSE = CurateConfig(near_duplicate_threshold=None, overlap_ngram=None, max_repeated_share=None)
-BY_MEANING = LOOSE.model_copy(update={"embedder": "base", "semantic_threshold": 0.99, "num_screeners": 2})
+BY_MEANING = LOOSE.model_copy(update={"embedder": "base", "semantic_threshold": 0.996, "num_screeners": 2})
 Kill = Callable[[Any, int], None]
 
 

@@ -1,12 +1,20 @@
 """Mean hidden states: of the counted tokens, whatever else is in the batch."""
 
+import random
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from delia.chat import load_chat
+from delia.curate.embedding import scale_to_unit
 from delia.model.hidden import embed_with_base, mean_hidden_states
-from delia.model.loading import load_base
+from delia.model.loading import find_layers, load_base
+from delia.starter.world import draw_item
+from delia.store.models import ModelConfig, resolve_model
+
+SHAPES = ("llama", "qwen2", "qwen3", "gemma2", "mistral")
 
 SEQUENCES = [
     ([5, 9, 17, 30, 31], [False, True, True, False, False]),
@@ -16,17 +24,64 @@ SEQUENCES = [
 ]
 
 
-@pytest.mark.parametrize("shape", ["llama", "qwen3", "gemma2", "mistral"])
-def test_the_mean_is_that_of_the_states_that_the_head_reads(save_model, shape):
-    """The head applied to the state of one token gives that token's logits."""
-    model = load_base(save_model(shape))
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("num_layers", "middle"), [(2, 1), (3, 2), (4, 2), (5, 3)])
+def test_the_mean_is_that_of_the_states_half_way_up(make_shape, shape: str, num_layers: int, middle: int):
+    """Beside the states that transformers lists: before the first layer, then after each."""
+    model = make_shape(shape, num_hidden_layers=num_layers)
     ids = [5, 9, 17, 30]
     vector = mean_hidden_states(model, [(ids, [False, False, True, False])])
-    logits_V = model(input_ids=torch.tensor([ids])).logits[0, 2]
-    head_V = model.get_output_embeddings()(torch.from_numpy(vector[0]))
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
 
-    torch.testing.assert_close(torch.tanh(head_V / cap) * cap if cap else head_V, logits_V)
+    torch.testing.assert_close(torch.from_numpy(vector[0]), states[middle][0, 2])
+
+
+def test_the_layers_above_the_middle_are_not_run_and_stay_as_they_were(make_shape):
+    model = make_shape("llama", num_hidden_layers=4)
+    before = model(input_ids=torch.tensor([[5, 9]])).logits
+    run: list[int] = []
+    layers = find_layers(model)
+    for place, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda module, inputs, place=place: run.append(place))
+    mean_hidden_states(model, SEQUENCES, batch_size=len(SEQUENCES))
+    assert run == [0, 1]
+
+    torch.testing.assert_close(model(input_ids=torch.tensor([[5, 9]])).logits, before)
+    assert run == [0, 1, 0, 1, 2, 3]
+
+
+def test_of_a_model_whose_layers_have_no_name_the_last_states_are_taken(make_shape):
+    model = make_shape("llama")
+    model._no_split_modules = None
+    (vector,) = mean_hidden_states(model, [([5, 9], [False, True])])
+    last = model(input_ids=torch.tensor([[5, 9]]), output_hidden_states=True).hidden_states[-1]
+
+    torch.testing.assert_close(torch.from_numpy(vector), last[0, 1])
+
+
+def test_the_middle_states_know_a_question_of_the_starter_in_other_words():
+    """A question's paraphrase lies nearest to it among those of hundreds more often than by the last states."""
+    config = ModelConfig(path="package://delia.starter/weights")
+    model, chat = load_base(config), load_chat(str(resolve_model(config)))
+    rng = random.Random(0)
+    items = [item for item in (draw_item(rng) for _ in range(600)) if not item.in_system]
+    texts, others = (
+        [
+            replace(item, phrasing=(item.phrasing + turn) % len(item.kind.phrasings)).prompt()[-1]["content"]
+            for item in items
+        ]
+        for turn in (0, 1)
+    )
+
+    def count_found() -> float:
+        one_ND, other_ND = (scale_to_unit(embed_with_base(model, chat, some)) for some in (texts, others))
+        cosines_NN = one_ND @ other_ND.T
+        return float(((cosines_NN >= np.diag(cosines_NN)[:, None]).sum(1) == 1).mean())
+
+    middle = count_found()
+    model._no_split_modules = None  # the last states, as above
+    assert count_found() + 0.2 < middle
+    assert middle > 0.6
 
 
 def test_the_mean_over_several_tokens_worked_out_one_by_one(save_model):

@@ -1,7 +1,7 @@
 """Instructions -> vectors of unit length, by the embedder that a setting names.
 
     "hashed"               word uni- and bigrams, no model: what the texts share, not what they mean
-    "base"                 mean last hidden state of the base model (`model.hidden`)
+    "base"                 mean middle hidden state of the base model (`model.hidden`)
     /models/all-mpnet      a sentence-transformers model in a local directory
 
 Every vector is a function of its text alone, up to the last bits of a float. Models run on the CPU of the

@@ -12,75 +12,17 @@ candidates again.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Self
-
-from pydantic import Field, model_validator
 
 from delia.curate.dedup import SeenInstructions
-from delia.curate.embedding import HASHED, Embedder
-from delia.curate.filters import FilterConfig
-from delia.curate.leaks import ControlTexts
 from delia.curate.novelty import Novelty
 from delia.curate.rejection import reject
 from delia.curate.screening import Candidate, Screened, Screener
-from delia.curate.selection import SelectConfig
 from delia.curate.semantic import SEMANTIC_DUPLICATE, SeenMeanings
 from delia.curate.stopping import StopRule
-from delia.errors import ConfigError
-from delia.schema import Rejection, Row, SeedTask
-from delia.store.tasks import TaskConfig
+from delia.schema import Rejection, Row
 
 _BLOCK = 256
 """Candidates whose meanings are compared at a time."""
-
-
-class CurateConfig(FilterConfig):
-    """What is kept of the candidates; None switches a rule off.
-
-    `reject_template_leaks` refuses rows that spell a control token (`curate.leaks`).
-    `near_duplicate_threshold` is a Jaccard similarity of sets of word n-grams of `ngram` words (see
-    `curate.dedup` on short texts); `num_perm` is the size of a MinHash, and changes what is searched, not
-    what counts as similar. `overlap_ngram` is the number of words in a row that a row may not share with
-    dev or test, nor with the sets of `decontaminate`: files or directories as a task's, such as the
-    benchmarks that an adapter will be scored on (`overlap.read_eval_rows`).
-
-    `semantic_threshold` is a cosine of the instructions' embeddings, and needs an `embedder` that knows
-    meanings: "base" or a sentence-transformers directory (`curate.embedding`). Cosines of no two embedders
-    lie alike: see the nearest distances of a pool's diversity report before choosing. `embedder` also
-    serves that report and `select`, for which the default, "hashed", needs no model.
-
-    `select` picks a source's rows out of more accepted ones (`curate.selection`). `score_likelihood` stores
-    each row's mean log-probability under the base beside the pool (`curate.likelihood`).
-
-    `num_screeners` processes tell languages and embed ahead of the one that compares, where settings ask for
-    either (`flow.screening`). It changes no row.
-    """
-
-    reject_template_leaks: bool = True
-    near_duplicate_threshold: float | None = Field(default=0.8, ge=0.3, le=1)
-    num_perm: int = Field(default=128, ge=16)
-    ngram: int = Field(default=3, gt=0)
-    overlap_ngram: int | None = Field(default=8, gt=0)
-    decontaminate: tuple[TaskConfig, ...] = ()
-    embedder: str = HASHED
-    semantic_threshold: float | None = Field(default=None, gt=0, le=1)
-    select: SelectConfig | None = None
-    score_likelihood: bool = False
-    num_screeners: int = Field(default=1, ge=1)
-
-    @property
-    def is_costly(self) -> bool:
-        """Tell whether to screen a row takes the better part of a millisecond, or more."""
-        return self.languages is not None or self.semantic_threshold is not None
-
-    @model_validator(mode="after")
-    def _name_an_embedder_of_meanings(self) -> Self:
-        if self.semantic_threshold is not None and self.embedder == HASHED:
-            raise ValueError(
-                f"semantic_threshold={self.semantic_threshold:g} compares meanings, embedder={HASHED!r} knows"
-                " words only; set embedder to 'base' or to a sentence-transformers directory"
-            )
-        return self
 
 
 class Curator:
@@ -92,36 +34,14 @@ class Curator:
         novelty: How new the instructions of the candidates were, accepted or not.
     """
 
-    def __init__(
-        self,
-        config: CurateConfig,
-        *,
-        eval_rows: Iterable[SeedTask] = (),
-        train_rows: Iterable[SeedTask] = (),
-        control_texts: ControlTexts | None = None,
-        embed: Embedder | None = None,
-    ) -> None:
-        """Start with nothing accepted.
-
-        Args:
-            config: The rules.
-            eval_rows: See `overlap.HeldOut`.
-            train_rows: See `overlap.HeldOut`.
-            control_texts: The chat format's control tokens; None: no text is one.
-            embed: Embeds instructions; needed for `semantic_threshold` alone.
-
-        Raises:
-            ConfigError: An unknown language, or semantic duplicates without an embedder.
-        """
-        if config.semantic_threshold is not None and embed is None:
-            raise ConfigError("curate.semantic_threshold needs an embedder; give the curator `embed`")
+    def __init__(self, screener: Screener) -> None:
+        """Start with nothing accepted; `screener` has the rules, and may serve other sources too."""
+        config = screener.config
         self.counts: Counter[str] = Counter()
         self.num_accepted = 0
         self.novelty = Novelty()
         self._last_index: int | None = None
-        self._screener = make_screener(
-            config, eval_rows=eval_rows, train_rows=train_rows, control_texts=control_texts, embed=embed
-        )
+        self._screener = screener
         self._seen = SeenInstructions(
             threshold=config.near_duplicate_threshold, num_perm=config.num_perm, ngram=config.ngram
         )
@@ -141,7 +61,7 @@ class Curator:
                 through and is counted.
             rule: Follows the source; once it ends, further candidates are ignored: they become neither
                 row nor rejection. None takes all.
-            screened: What they show, by a screener with these rules; None screens them here.
+            screened: What they show, by a screener with the same rules; None screens them here.
 
         Returns:
             Rows as they came, and rejections with the instruction as their text.
@@ -206,26 +126,3 @@ class Curator:
             if self._meanings is not None:
                 self._meanings.remember(place)
         return reason
-
-
-def make_screener(
-    config: CurateConfig,
-    *,
-    eval_rows: Iterable[SeedTask] = (),
-    train_rows: Iterable[SeedTask] = (),
-    control_texts: ControlTexts | None = None,
-    embed: Embedder | None = None,
-) -> Screener:
-    """Return what screens candidates by the rules of a pool; see `Screener`.
-
-    Raises:
-        ConfigError: An unknown language.
-    """
-    return Screener(
-        config,
-        overlap_ngram=config.overlap_ngram,
-        eval_rows=eval_rows,
-        train_rows=train_rows,
-        control_texts=control_texts if config.reject_template_leaks else None,
-        embed=embed if config.semantic_threshold is not None else None,
-    )

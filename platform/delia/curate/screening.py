@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from delia.curate.embedding import Embedder, Vectors
-from delia.curate.filters import FilterConfig, find_fault
+from delia.curate.filters import find_fault
 from delia.curate.language import find_languages
 from delia.curate.leaks import TEMPLATE_LEAK, ControlTexts
 from delia.curate.overlap import OVERLAPS_EVAL, HeldOut
+from delia.curate.settings import CurateConfig
+from delia.errors import ConfigError
 from delia.schema import Rejection, Row, SeedTask
 
 Candidate = Row | Rejection
@@ -41,13 +43,16 @@ class Screened:
 
 
 class Screener:
-    """Screens candidates; the same candidate is always screened alike, but for the last bits of an embedding."""
+    """Screens candidates; the same candidate is always screened alike, but for the last bits of an embedding.
+
+    Attributes:
+        config: The rules.
+    """
 
     def __init__(
         self,
-        config: FilterConfig,
+        config: CurateConfig,
         *,
-        overlap_ngram: int | None,
         eval_rows: Iterable[SeedTask] = (),
         train_rows: Iterable[SeedTask] = (),
         control_texts: ControlTexts | None = None,
@@ -56,21 +61,22 @@ class Screener:
         """Take the rules.
 
         Args:
-            config: The limits of a row.
-            overlap_ngram: See `overlap.HeldOut`.
+            config: The rules.
             eval_rows: See `overlap.HeldOut`.
             train_rows: See `overlap.HeldOut`.
-            control_texts: The chat format's control tokens that no row may spell; None: no text is one.
-            embed: Embeds instructions; None embeds none.
+            control_texts: The chat format's control tokens; None: no text is one.
+            embed: Embeds instructions; needed for `semantic_threshold` alone.
 
         Raises:
-            ConfigError: An unknown language.
+            ConfigError: An unknown language, or semantic duplicates without an embedder.
         """
+        if config.semantic_threshold is not None and embed is None:
+            raise ConfigError("curate.semantic_threshold needs an embedder; give the screener `embed`")
         find_languages(config.languages or ())
-        self._config = config
-        self._control_texts = control_texts
-        self._held_out = HeldOut(eval_rows, train_rows=train_rows, ngram=overlap_ngram)
-        self._embed = embed
+        self.config = config
+        self._control_texts = control_texts if config.reject_template_leaks else None
+        self._held_out = HeldOut(eval_rows, train_rows=train_rows, ngram=config.overlap_ngram)
+        self._embed = embed if config.semantic_threshold is not None else None
 
     def screen(self, candidates: Sequence[Candidate]) -> Screened:
         """Return what the candidates show."""
@@ -78,7 +84,7 @@ class Screener:
         return Screened(faults=faults, vectors_ND=self._embed_faultless(candidates, faults))
 
     def _find_fault(self, row: Row) -> str | None:
-        fault = find_fault(row, self._config)
+        fault = find_fault(row, self.config)
         if fault is not None:
             return fault
         if self._control_texts is not None and self._control_texts.leaks(row):

@@ -18,16 +18,16 @@ from typing import Any, cast
 import ray
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError
 
-from delia.curate.pipeline import CurateConfig
+from delia.curate.settings import CurateConfig
 from delia.curate.stopping import ENOUGH_ROWS, StopConfig, StopRule
 from delia.errors import PoolError, StoreError
 from delia.flow.curation import Curation, open_curation
 from delia.flow.ledger import account, to_metrics
+from delia.flow.placement import spread
 from delia.flow.screening import Screenings, describe_other_directory, read_candidates
 from delia.flow.workspace import Workspace
 from delia.generate.calls import call
 from delia.generate.engine import EngineConfig
-from delia.generate.pipeline import worker_environment
 from delia.schema import Rejection, Row, SeedTask
 from delia.store.candidates import (
     REJECTION_SCHEMA,
@@ -244,12 +244,7 @@ class Acceptance:
 def host_acceptance(*args: Any, **options: Any) -> Iterator[Acceptance]:
     """Hold an `Acceptance` on some node of the cluster; takes what its constructor takes."""
     remote: Any = ray.remote(Acceptance)
-    actor = remote.options(
-        num_cpus=0,  # it must find a place beside engines that take every CPU
-        memory=MEMORY,
-        scheduling_strategy="SPREAD",
-        runtime_env={"env_vars": worker_environment()},
-    ).remote(*args, **options)
+    actor = remote.options(**spread(MEMORY)).remote(*args, **options)
     try:
         yield cast(Acceptance, _Calls(actor))
     finally:

@@ -17,9 +17,10 @@ from delia.curate.diversity import choose_sample, measure_diversity
 from delia.curate.embedding import Embedder, load_embedder
 from delia.curate.leaks import ControlTexts
 from delia.curate.likelihood import LIKELIHOOD, score_answers
-from delia.curate.pipeline import CurateConfig, Curator, make_screener
+from delia.curate.pipeline import Curator
 from delia.curate.screening import Screener
 from delia.curate.selection import Selector, select_rows
+from delia.curate.settings import CurateConfig
 from delia.flow.workspace import Workspace
 from delia.model.loading import load_base
 from delia.rng import derive_seed
@@ -120,46 +121,42 @@ def open_curation(
     Raises:
         ConfigError: No such embedder, language or selector.
     """
-    rules = _Rules.collect(config, space, eval_rows)
+    embed = load_embedder(config.embedder, model=space.model, chat=space.chat)
+    screener = open_screener(config, space, eval_rows=eval_rows, embed=embed)
     select = config.select
     return Curation(
         config=config,
         space=space,
         num_rows=num_rows,
-        curators={name: Curator(config, **vars(rules)) for name in num_rows},
+        curators={name: Curator(screener) for name in num_rows},
         targets={name: select.count_accepted(count) if select else count for name, count in num_rows.items()},
-        embed=rules.embed,
+        embed=embed,
         selector=build_method(select, allowed_modules=allowed_modules) if select else None,
     )
 
 
-def open_screener(config: CurateConfig, space: Workspace, *, eval_rows: Sequence[SeedTask]) -> Screener:
-    """Build what screens candidates as the curators of `open_curation` do.
+def open_screener(
+    config: CurateConfig, space: Workspace, *, eval_rows: Sequence[SeedTask], embed: Embedder | None = None
+) -> Screener:
+    """Build what screens the candidates of all sources of a pool.
+
+    Args:
+        config: What is kept.
+        space: See `open_curation`.
+        eval_rows: See `open_curation`.
+        embed: The embedder that the settings name; None loads it.
 
     Raises:
         ConfigError: No such embedder or language.
     """
-    return make_screener(config, **vars(_Rules.collect(config, space, eval_rows)))
-
-
-@dataclass(frozen=True)
-class _Rules:
-    """What curators and screeners of a pool take beside its settings."""
-
-    eval_rows: Sequence[SeedTask]
-    train_rows: Sequence[SeedTask]
-    control_texts: ControlTexts
-    embed: Embedder
-
-    @classmethod
-    def collect(cls, config: CurateConfig, space: Workspace, eval_rows: Sequence[SeedTask]) -> "_Rules":
-        splits = space.task.rows_by_split
-        return cls(
-            eval_rows=[*splits["dev"], *splits["test"], *eval_rows],
-            train_rows=splits["train"],
-            control_texts=ControlTexts(space.chat.table.control_ids, task_tokens=space.chat.token_ids),
-            embed=load_embedder(config.embedder, model=space.model, chat=space.chat),
-        )
+    splits = space.task.rows_by_split
+    return Screener(
+        config,
+        eval_rows=[*splits["dev"], *splits["test"], *eval_rows],
+        train_rows=splits["train"],
+        control_texts=ControlTexts(space.chat.table.control_ids, task_tokens=space.chat.token_ids),
+        embed=embed or load_embedder(config.embedder, model=space.model, chat=space.chat),
+    )
 
 
 def _pick(tables: Iterable[pa.Table], places: Sequence[int]) -> list[Row]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from delia.config import FrozenConfig, fingerprint
 from delia.curate.overlap import digest_prompts, read_eval_rows
-from delia.curate.pipeline import CurateConfig
+from delia.curate.settings import CurateConfig
 from delia.curate.stopping import StopConfig
 from delia.errors import ConfigError, PoolError
 from delia.flow.acceptance import Acceptance, AcceptanceLostError, host_acceptance

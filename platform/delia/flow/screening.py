@@ -17,13 +17,13 @@ from typing import Any
 import ray
 
 from delia.chat import ChatEncoder
-from delia.curate.pipeline import CurateConfig
 from delia.curate.rejection import reject
 from delia.curate.screening import Screened, Screener
+from delia.curate.settings import CurateConfig
 from delia.errors import ChatError, StoreError
 from delia.flow.curation import open_screener
+from delia.flow.placement import spread
 from delia.flow.workspace import Workspace
-from delia.generate.pipeline import worker_environment
 from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, SeedTask
 from delia.store.tables import exists
 from delia.synthesize.dialogue import UNRENDERABLE
@@ -32,7 +32,7 @@ from delia.synthesize.pipeline import Batch, StoredChunk
 logger = logging.getLogger(__name__)
 
 MEMORY = 2**30
-"""Bytes that are asked for, as by an acceptance: a head that offers none is spared."""
+"""Bytes that are asked for, as by an acceptance."""
 AHEAD = 2
 """Batches a screener: one that it works on, and one that waits."""
 MAX_TRIES = 3
@@ -173,14 +173,7 @@ def host_screeners(
 ) -> Iterator[Screeners]:
     """Hold `curate.num_screeners` processes on nodes of the cluster where a rule is costly, else none."""
     remote: Any = ray.remote(ScreenerActor)
-    options = {
-        "num_cpus": 0,  # they must find a place beside engines that take every CPU
-        "memory": MEMORY,
-        "scheduling_strategy": "SPREAD",
-        "max_restarts": -1,
-        "max_task_retries": MAX_TRIES - 1,
-        "runtime_env": {"env_vars": worker_environment()},
-    }
+    options = spread(MEMORY) | {"max_restarts": -1, "max_task_retries": MAX_TRIES - 1}
     number = curate.num_screeners if curate.is_costly else 0
     # one copy for all; and one that is restarted finds it as long as it is held here
     shared = {name: ray.put(value) for name, value in (("space", space), ("eval_rows", eval_rows)) if number}

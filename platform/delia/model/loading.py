@@ -53,6 +53,12 @@ def load_shapes(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
+def find_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the decoder layers in their order; empty for a model whose class does not name them."""
+    names = set(model._no_split_modules or ())  # the only place where transformers names them
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def count_heads(config: ModelConfig) -> tuple[int, int]:
     """Return a base's heads of queries and of keys; 0 and 0 where its config names none."""
     form = AutoConfig.from_pretrained(resolve_model(config), local_files_only=True).get_text_config()

@@ -1,7 +1,7 @@
 """Recipes on the embedded starter model: minutes on two CPU cores, the same code as on a cluster."""
 
 from delia.config import MethodConfig
-from delia.curate.pipeline import CurateConfig
+from delia.curate.settings import CurateConfig
 from delia.flow.adapt import AdaptConfig
 from delia.flow.pool import PoolConfig
 from delia.flow.promotion import PromoteConfig

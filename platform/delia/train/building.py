@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from delia.errors import TrainError
 from delia.model.adapted import attach, initialise_rows, part_of, takes_decay
 from delia.model.attention import use_packed_attention
-from delia.model.loading import load_base
+from delia.model.loading import find_layers, load_base
 from delia.model.lora import READS_ROWS
 from delia.model.original import check_base_is_there
 from delia.model.stand_in import find_stand_in
@@ -119,12 +119,6 @@ def _widen(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             parameter.data = parameter.data.float()
-
-
-def find_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the decoder layers, the units that are sharded and gathered one at a time."""
-    names = set(model._no_split_modules or ())  # the only place where transformers names them
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def build_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:

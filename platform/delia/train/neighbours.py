@@ -25,9 +25,10 @@ from delia.chat import TAG
 from delia.chat_tokens import RESERVED
 from delia.metrics import labelled
 from delia.model.adapted import TokenRows
+from delia.model.loading import find_layers
 from delia.rng import derive_seed, make_random
 from delia.store.models import ModelConfig, resolve_model
-from delia.train.building import TrainInput, find_layers
+from delia.train.building import TrainInput
 from delia.train.passes import add_pass, reshard, run_decoder
 from delia.train.rows import TrainRows
 from delia.train.settings import MetersConfig
