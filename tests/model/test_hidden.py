@@ -14,8 +14,6 @@ from delia.model.loading import find_layers, load_base
 from delia.starter.world import draw_item
 from delia.store.models import ModelConfig, resolve_model
 
-SHAPES = ("llama", "qwen2", "qwen3", "gemma2", "mistral")
-
 SEQUENCES = [
     ([5, 9, 17, 30, 31], [False, True, True, False, False]),
     ([40], [True]),
@@ -24,7 +22,6 @@ SEQUENCES = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("num_layers", "middle"), [(2, 1), (3, 2), (4, 2), (5, 3)])
 def test_the_mean_is_that_of_the_states_half_way_up(make_shape, shape: str, num_layers: int, middle: int):
     """Beside the states that transformers lists: before the first layer, then after each."""
