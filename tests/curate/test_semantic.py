@@ -90,7 +90,7 @@ def test_a_pair_on_the_threshold_is_near_and_a_refused_row_is_not_remembered():
         assert accept(vectors_ND, 0.81, cuts) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("num_dimensions", "threshold"), [(6, 0.99), (64, 0.9), (2, 0.9999999)])
+@pytest.mark.parametrize(("num_dimensions", "threshold"), [(6, 0.99), (64, 0.9), (2, 0.99999)])
 @pytest.mark.parametrize("spread", [1.0, 0.3, 0.02])
 def test_thousands_of_accepted_rows_are_all_remembered(
     monkeypatch: pytest.MonkeyPatch, num_dimensions: int, threshold: float, spread: float
@@ -110,6 +110,29 @@ def test_thousands_of_accepted_rows_are_all_remembered(
     assert 100 < len(accepted) < 2990
 
 
+@pytest.mark.parametrize(("spread", "most"), [(0.02, 0.02), (1.0, 1.0)])
+def test_most_accepted_rows_are_ruled_out_without_their_cosine(
+    monkeypatch: pytest.MonkeyPatch, spread: float, most: float
+):
+    """Where vectors lie along few directions; of all pairs, those before the directions are known included."""
+    monkeypatch.setattr(semantic, "_NUM_SAMPLED", 100)
+    scales_D = np.where(np.arange(64) < 8, 1, spread)
+    vectors_ND = scale_to_unit(draw_vectors(3000, 64) * scales_D)
+    seen = SeenMeanings(0.95)
+    num_accepted = num_pairs = 0
+    for start in range(0, 3000, 100):
+        block_ND = vectors_ND[start : start + 100]
+        num_pairs += num_accepted * len(block_ND)
+        seen.open(block_ND)
+        for place in range(len(block_ND)):
+            if not seen.is_near(place):
+                seen.remember(place)
+                num_accepted += 1
+
+    assert num_accepted > 1000
+    assert 0 < seen.num_measured < most * num_pairs
+
+
 @pytest.mark.parametrize("spread", [1.0, 0.02])
 def test_a_product_of_sketches_bounds_a_cosine_and_is_near_it_where_vectors_lie_along_few_directions(
     spread: float,
@@ -120,8 +143,25 @@ def test_a_product_of_sketches_bounds_a_cosine_and_is_near_it_where_vectors_lie_
     above = sketches_NK @ sketches_NK.T - vectors_ND @ vectors_ND.T
 
     assert sketches_NK.shape == (500, 17)
+    assert sketches_NK.dtype == np.float32
     assert above.min() > -1e-6
     assert (above.max() < 0.02) == (spread < 1)
+
+
+def test_bounds_of_wide_vectors_are_no_smaller_than_their_cosines_but_for_the_slack():
+    """As wide as the states of a base of billions; a third lie on the directions alone, where a bound has no room."""
+    vectors_ND = draw_vectors(600, 4096)
+    vectors_ND[::3, 32:] = 0
+    vectors_ND = scale_to_unit(vectors_ND * np.where(np.arange(4096) < 32, 1, 0.05))
+    sketches_NK = sketch(vectors_ND, find_directions(vectors_ND))
+    above = sketches_NK @ sketches_NK.T - vectors_ND @ vectors_ND.T
+
+    assert above.min() > -semantic._SLACK / 2
+
+
+def test_vectors_that_are_not_finite_are_refused_with_the_way_out():
+    with pytest.raises(ConfigError, match=r"not finite; .* set model\.dtype to bfloat16 or float32"):
+        scale_to_unit(np.array([[1.0, 0.0], [np.inf, 1.0]]))
 
 
 # ---- in the curator

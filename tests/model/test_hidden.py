@@ -22,6 +22,11 @@ SEQUENCES = [
 ]
 
 
+def to_unit_scale(state_D: torch.Tensor) -> torch.Tensor:
+    """Return a state with a root mean square of 1."""
+    return state_D / state_D.square().mean().sqrt()
+
+
 @pytest.mark.parametrize(("num_layers", "middle"), [(2, 1), (3, 2), (4, 2), (5, 3)])
 def test_the_mean_is_that_of_the_states_half_way_up(make_shape, shape: str, num_layers: int, middle: int):
     """Beside the states that transformers lists: before the first layer, then after each."""
@@ -30,7 +35,7 @@ def test_the_mean_is_that_of_the_states_half_way_up(make_shape, shape: str, num_
     vector = mean_hidden_states(model, [(ids, [False, False, True, False])])
     states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
 
-    torch.testing.assert_close(torch.from_numpy(vector[0]), states[middle][0, 2])
+    torch.testing.assert_close(torch.from_numpy(vector[0]), to_unit_scale(states[middle][0, 2]))
 
 
 def test_the_layers_above_the_middle_are_not_run_and_stay_as_they_were(make_shape):
@@ -47,13 +52,13 @@ def test_the_layers_above_the_middle_are_not_run_and_stay_as_they_were(make_shap
     assert run == [0, 1, 0, 1, 2, 3]
 
 
-def test_of_a_model_whose_layers_have_no_name_the_last_states_are_taken(make_shape):
+def test_of_a_model_whose_layers_are_not_found_the_last_states_are_taken(make_shape):
     model = make_shape("llama")
-    model._no_split_modules = None
+    model.config.num_hidden_layers += 1
     (vector,) = mean_hidden_states(model, [([5, 9], [False, True])])
-    last = model(input_ids=torch.tensor([[5, 9]]), output_hidden_states=True).hidden_states[-1]
+    last = model.base_model(torch.tensor([[5, 9]])).last_hidden_state
 
-    torch.testing.assert_close(torch.from_numpy(vector), last[0, 1])
+    torch.testing.assert_close(torch.from_numpy(vector), to_unit_scale(last[0, 1]))
 
 
 def test_the_middle_states_know_a_question_of_the_starter_in_other_words():
@@ -76,7 +81,7 @@ def test_the_middle_states_know_a_question_of_the_starter_in_other_words():
         return float(((cosines_NN >= np.diag(cosines_NN)[:, None]).sum(1) == 1).mean())
 
     middle = count_found()
-    model._no_split_modules = None  # the last states, as above
+    model.config.num_hidden_layers += 1  # the last states, as above
     assert count_found() + 0.2 < middle
     assert middle > 0.6
 
@@ -92,6 +97,17 @@ def test_the_mean_over_several_tokens_worked_out_one_by_one(save_model):
 
     np.testing.assert_allclose(vectors_ND[0], np.mean(single, axis=0), atol=1e-5)
     assert not vectors_ND[3].any()
+
+
+def test_no_token_outweighs_the_others(make_shape):
+    """One token's state is a thousand times as large as that of the other."""
+    model = make_shape("llama", num_hidden_layers=4, tie_word_embeddings=False)
+    model.get_input_embeddings().weight[9] *= 1000
+    one, other = (mean_hidden_states(model, [([3, 9], mask)])[0] for mask in ([True, False], [False, True]))
+    (both,) = mean_hidden_states(model, [([3, 9], [True, True])])
+
+    np.testing.assert_allclose(both, (one + other) / 2, atol=1e-5)
+    assert np.linalg.norm(one) == pytest.approx(np.linalg.norm(other), rel=1e-3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

@@ -1,6 +1,7 @@
 """Loading a base, quantised or not, and what is refused before it is tried."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model, replace_lora_weights_loftq
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from delia.errors import ConfigError
 from delia.model.adapted import attach, collect
-from delia.model.loading import check_quantisation, load_base
+from delia.model.loading import check_quantisation, find_layers, load_base
 from delia.model.logprobs import load_adapted
 from delia.model.lora import LoraConfig
 from delia.store.adapters import write_adapter
@@ -234,3 +235,41 @@ def test_loftq_starts_where_pefts_own_does_and_nearer_to_the_base_than_rounding_
         rounded = load_base(settings, for_training=True)(input_ids=ids_BT.cuda()).logits.cpu()
         started = model(input_ids=ids_BT.cuda()).logits.cpu()
     assert (started - expected).abs().mean() < 0.9 * (rounded - expected).abs().mean()
+
+
+TEXT = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+SIGHT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 28,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", TEXT),
+        ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 96}),
+        ("mamba", {"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 96, "state_size": 4}),
+        ("gemma3", {"text_config": TEXT, "vision_config": SIGHT, "mm_tokens_per_image": 4}),
+    ],
+)
+def test_the_decoder_layers_are_those_of_the_text_in_their_order(name: str, settings: dict[str, Any]):
+    """Though a class names its mixers beside its layers, as Mamba, or has layers for images, as Gemma 3."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings))
+    decoder = model.get_decoder()
+    expected = list(decoder.h if name == "gpt2" else decoder.layers)
+
+    assert find_layers(model) == expected
+    assert len(expected) == (4 if name == "mamba" else 3)

@@ -146,7 +146,8 @@ def test_no_worker_keeps_what_it_gathered(step_together, make_input, token_ids):
     settings = TRAINED["lora"] | {"meters": MetersConfig(num_rows=4, num_words=40)}
     task = make_input(**settings, token_ids=token_ids, num_workers=2)
     step = step_together(replace(task, instruction_ids=(40, 41, 42)))
-    assert any("token_rank" in name for name in step.readings) == bool(token_ids)
+    layers = {name.rpartition("/")[2] for name in step.readings if "token_rank" in name}
+    assert layers == ({"0", "1", "2"} if token_ids else set())  # the embedding and the two layers
     assert "train/off_task_kl" in step.readings
     assert (step.gathered["reading"], step.gathered["backward"]) == ([], [])
     roots = step.gathered["forward"]

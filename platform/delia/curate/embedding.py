@@ -32,7 +32,16 @@ HASHED_DIMENSIONS = 512
 
 
 def scale_to_unit(vectors_ND: NDArray[Any]) -> Vectors:
-    """Return float32 rows of length 1; rows of zeros stay."""
+    """Return float32 rows of length 1; rows of zeros stay.
+
+    Raises:
+        ConfigError: A value is not finite.
+    """
+    if not np.isfinite(vectors_ND).all():
+        raise ConfigError(
+            "the embedder gave values that are not finite; where it is the base in float16, whose states can be larger"
+            " than that holds, set model.dtype to bfloat16 or float32, or curate.embedder to another model"
+        )
     norms_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
     return np.asarray(vectors_ND / np.where(norms_N1 > 0, norms_N1, 1), dtype=np.float32)
 

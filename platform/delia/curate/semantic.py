@@ -8,11 +8,13 @@ and the lengths of what is left of each, bound their cosine from above (Cauchy a
 
     x . y  <=  x' . y'  +  |x - x'| |y - y'|       x' the part of x along the leading directions
 
-The bounds of a block are one product of matrices with `_NUM_LEADING` + 1 columns. A row that reaches the threshold
-there is measured whole, so that the directions change the work and no result. Of the starter's questions, at a
-threshold that one in ten reaches, a fifth of the measuring is left; where vectors have no leading directions, or the
-threshold is low, the bounds are computed in vain. Li et al. 2017, "FEXIPRO: Fast and Exact Inner Product Retrieval"
-(https://doi.org/10.1145/3035918.3064009), search for the largest products by such bounds.
+The bounds of a block are one product of matrices with `_NUM_LEADING` + 1 columns. Pairs that reach the threshold there
+are measured whole, so that the directions change the work and no result. Where vectors have no leading directions, or
+the threshold is low, much is measured and the bounds are computed in vain. Li et al. 2017, "FEXIPRO: Fast and Exact
+Inner Product Retrieval" (https://doi.org/10.1145/3035918.3064009), search for the largest products by such bounds.
+
+An accepted row takes 4 bytes a dimension and a quarter of that or less for its bounds, three times as much while its
+matrix grows.
 
 Whether a pair that lies on the threshold is near can change with the machine or with how candidates are cut into
 batches, because a product's last bits (about 1e-6) do; no other pair's can.
@@ -25,7 +27,7 @@ from delia.curate.embedding import Vectors
 SEMANTIC_DUPLICATE = "semantic_duplicate"
 
 _ROWS_AT_A_TIME = 4096
-"""Accepted rows that a block is compared with at a time: their cosines stay in a core's cache."""
+"""Accepted rows that a block is compared with at a time."""
 _NUM_LEADING = 32
 _NUM_SAMPLED = 1024
 """Accepted rows that the leading directions are taken from."""
@@ -34,10 +36,15 @@ _SLACK = 1e-5
 
 
 class SeenMeanings:
-    """The vectors accepted so far; those of a block are compared with these and with each other."""
+    """The vectors accepted so far; those of a block are compared with these and with each other.
+
+    Attributes:
+        num_measured: Cosines with accepted rows that were computed.
+    """
 
     def __init__(self, threshold: float) -> None:
         """Start empty; `threshold` is a cosine, and a pair on it is near."""
+        self.num_measured = 0
         self._threshold = threshold
         self._accepted, self._accepted_sketches = _Rows(), _Rows()
         self._directions_DK: Vectors | None = None
@@ -60,13 +67,13 @@ class SeenMeanings:
 
     def _compare(self, part: slice) -> None:
         """Compare those of the block that are near none so far with a part of the accepted rows."""
-        is_open = ~self._is_near
+        places, accepted_MD = np.flatnonzero(~self._is_near), self._accepted[part]
         if self._directions_DK is not None:
-            bounds = self._block_sketches @ self._accepted_sketches[part].T
-            is_open &= bounds.max(1) >= self._threshold - _SLACK
-        if is_open.any():
-            cosines = self._block[is_open] @ self._accepted[part].T
-            self._is_near[is_open] = cosines.max(1) >= self._threshold
+            bounds = self._block_sketches[places] @ self._accepted_sketches[part].T
+            is_open = bounds >= self._threshold - _SLACK
+            places, accepted_MD = places[is_open.any(1)], accepted_MD[is_open.any(0)]
+        self.num_measured += len(places) * len(accepted_MD)
+        self._is_near[places] = (self._block[places] @ accepted_MD.T >= self._threshold).any(1)
 
     def is_near(self, place: int) -> bool:
         """Tell whether a row of the block is near an accepted one."""
@@ -82,8 +89,11 @@ class SeenMeanings:
 
 def find_directions(vectors_ND: Vectors) -> Vectors:
     """Return orthonormal directions [D, K] along which most of the vectors' squares lie, K a quarter of D at most."""
-    num_leading = min(_NUM_LEADING, vectors_ND.shape[1] // 4)
-    return np.linalg.svd(vectors_ND, full_matrices=False)[2][:num_leading].T
+    wide_ND = vectors_ND.astype(np.float64)
+    num_leading = min(_NUM_LEADING, wide_ND.shape[1] // 4)
+    _, ascending_NN = np.linalg.eigh(wide_ND @ wide_ND.T)
+    leading_NK = ascending_NN[:, len(wide_ND) - num_leading :]
+    return np.linalg.qr(wide_ND.T @ leading_NK)[0].astype(np.float32)
 
 
 def sketch(vectors_ND: Vectors, directions_DK: Vectors) -> Vectors:

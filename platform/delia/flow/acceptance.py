@@ -44,8 +44,8 @@ from delia.store.tables import exists
 from delia.synthesize.pipeline import Batch, StoredChunk
 
 MEMORY = 2**30
-"""Bytes that are asked for. A million rows take less; a head that offers none is spared, and a node that holds an
-acceptance is not idle to an autoscaler."""
+"""Bytes that are asked for. A million rows take less, but for vectors (`curate.semantic`); a head that offers none is
+spared, and a node that holds an acceptance is not idle to an autoscaler."""
 
 
 class AcceptanceLostError(Exception):

@@ -1,6 +1,6 @@
 """What curation does around the curators of a pool: a curator a source, then selection, report and scores.
 
-settings, workspace --open_curation--> Curation; --open_screener--> Screener, for processes beside it
+settings, workspace --open_curation--> Curation; --open_screener--> its Screener, for other processes too
 Curation.curators, .targets      accept candidates, a source each
 Curation.select                  keeps `num_rows` of a source's accepted rows, where settings say so
 Curation.describe                diversity -> the manifest's details and the log
@@ -144,18 +144,20 @@ def open_screener(
         config: What is kept.
         space: See `open_curation`.
         eval_rows: See `open_curation`.
-        embed: The embedder that the settings name; None loads it.
+        embed: The embedder that the settings name; None loads it where a rule asks for it.
 
     Raises:
         ConfigError: No such embedder or language.
     """
+    if embed is None and config.semantic_threshold is not None:
+        embed = load_embedder(config.embedder, model=space.model, chat=space.chat)
     splits = space.task.rows_by_split
     return Screener(
         config,
         eval_rows=[*splits["dev"], *splits["test"], *eval_rows],
         train_rows=splits["train"],
         control_texts=ControlTexts(space.chat.table.control_ids, task_tokens=space.chat.token_ids),
-        embed=embed or load_embedder(config.embedder, model=space.model, chat=space.chat),
+        embed=embed,
     )
 
 

@@ -2,10 +2,10 @@
 
     text --as a user's turn--> (ids, mask) --first half of the decoder layers--> [T, D] --mean over the mask--> [D]
 
-Half-way, not at the end: the last states are those of the next token, the middle ones those of what was read, on 32
-tasks of embedding for three families of models (Skean et al. 2025, "Layer by Layer", https://arxiv.org/abs/2502.02013).
-So it is with the starter: of 1,500 of its questions, 62 % have their own paraphrase nearest among all paraphrases by
-the middle states and 20 % by the last ones. It is half of the work, too.
+Half-way, not at the end: on 32 tasks of embedding, for several families of models, middle layers serve better than the
+last one, whose states are about the next token (Skean et al. 2025, "Layer by Layer", https://arxiv.org/abs/2502.02013).
+So it is with the starter: of its questions, three in five have their own paraphrase nearest among all paraphrases by
+the middle states, and one in five by the last ones. It is half of the work, too.
 
 Sequences are padded on the right, so that in a causal model no counted position sees padding: a vector
 depends on its own sequence alone, up to what a batch's shape changes in the last bits of a float.
@@ -41,15 +41,18 @@ def mean_hidden_states(
 ) -> NDArray[np.float32]:
     """Return the mean of the middle hidden states over the counted tokens of each (ids, mask).
 
-    The middle states of L decoder layers are the output of layer ceil(L / 2), before any final normalisation. Of a
-    model whose class does not name its layers they are the last states.
+    The middle states of L decoder layers are the output of layer ceil(L / 2), each scaled to a root mean square of 1,
+    as a final normalisation would: some tokens' states are hundreds of times as large as others' (Sun et al. 2024,
+    "Massive Activations in Large Language Models", https://arxiv.org/abs/2402.17762), and would be the mean. Of a model
+    whose layers are not found, or put out other shapes than [B, T, D], the last states are taken.
 
     Returns:
         float32 [N, D]; zeros where no token counts.
     """
     vectors_ND = np.zeros((len(sequences), model.config.get_text_config().hidden_size), dtype=np.float32)
     for chosen, ids_BT, mask_BT in batch_sequences(sequences, size=batch_size):
-        hidden_BTD = _read_middle_states(model, ids_BT.to(model.device)).float().cpu()
+        states_BTD = _read_middle_states(model, ids_BT.to(model.device)).float().cpu()
+        hidden_BTD = nn.functional.rms_norm(states_BTD, states_BTD.shape[-1:], eps=1e-12)
         counts_B = mask_BT.sum(1).clamp(min=1)
         vectors_ND[chosen] = ((hidden_BTD * mask_BT[:, :, None]).sum(1) / counts_B[:, None]).numpy()
     return vectors_ND
@@ -57,7 +60,9 @@ def mean_hidden_states(
 
 def _read_middle_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        raise _Reached(output[0] if isinstance(output, tuple) else output)
+        states = output[0] if isinstance(output, tuple) else output
+        if states.shape == (*ids_BT.shape, model.config.get_text_config().hidden_size):
+            raise _Reached(states)
 
     layers = find_layers(model)
     handles = [layer.register_forward_hook(leave) for layer in layers[(len(layers) - 1) // 2 :][:1]]

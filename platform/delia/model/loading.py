@@ -54,9 +54,13 @@ def load_shapes(config: ModelConfig) -> PreTrainedModel:
 
 
 def find_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the decoder layers in their order; empty for a model whose class does not name them."""
-    names = set(model._no_split_modules or ())  # the only place where transformers names them
-    return [module for module in model.modules() if type(module).__name__ in names]
+    """Return the decoder layers in their order; empty for a model that does not keep them in one list.
+
+    Not by the names of their classes, which FSDP changes, and which transformers gives with those of other modules.
+    """
+    number = model.config.get_text_config().num_hidden_layers
+    lists = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
+    return list(next((found for found in lists if len(found) == number), ()))
 
 
 def count_heads(config: ModelConfig) -> tuple[int, int]:
