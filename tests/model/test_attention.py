@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
 
+from delia.errors import TrainError
 from delia.model import attention
 from delia.model.attention import attend_segments, use_packed_attention
 
@@ -32,6 +33,40 @@ def test_every_architecture_reads_packed_rows_as_it_reads_them_alone(make_shape,
     ).logits[0]
     for expected, logits in zip(alone, packed.split(LENGTHS), strict=True):
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+MIXERS = {
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mamba": {"state_size": 8},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
+}
+"""Convolutions and state spaces, attention beside transformers' interface, and sinks, which no kernel here knows."""
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_an_architecture_whose_packed_rows_would_see_each_other_or_less_than_alone_is_refused(
+    make_shape, name
+):
+    model = make_shape(name, **MIXERS[name])
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("sinks"):
+            torch.nn.init.ones_(parameter)
+    with pytest.raises(
+        TrainError, match=r"reads rows that lie end to end otherwise than alone \(its states differ"
+    ):
+        use_packed_attention(model)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gemma3_text", "olmo3", "phi3"])
+def test_other_architectures_whose_layers_all_attend_are_taken(make_shape, name):
+    settings = {"num_local_experts": 4, "num_experts_per_tok": 2} if name == "mixtral" else {}
+    use_packed_attention(make_shape(name, pad_token_id=0, **settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_of_half_precision_is_not_taken_for_rows_that_see_each_other(make_shape, shape, dtype):
+    use_packed_attention(make_shape(shape).to(dtype))
 
 
 @pytest.mark.parametrize("name", ["gemma2", "mistral", "llama"])

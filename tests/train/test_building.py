@@ -1,12 +1,13 @@
 """Ways to hold a model in memory: each trains what the plain way trains."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from delia.errors import TrainError
+from delia.errors import ConfigError, TrainError
 from delia.model.adapted import LoraConfig
 from delia.store.models import ModelConfig
 from delia.train.building import TrainInput, build_model
@@ -78,6 +79,18 @@ def test_every_architecture_is_sharded_by_its_layers(make_shape, shape, world_of
     model = build_model(TrainInput(model=ModelConfig(path=str(tmp_path)), config=config, rows=rows))
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     assert sharded == [model, *model.get_decoder().layers]
+
+
+def test_a_model_whose_layers_are_not_found_is_not_sharded_as_one(world_of_one, make_input, monkeypatch):
+    monkeypatch.setattr("delia.train.building.find_layers", lambda model: [])
+    with pytest.raises(TrainError, match="LlamaForCausalLM keeps its decoder layers in no one list"):
+        build_model(make_input(offload=True))
+
+
+def test_float16_is_refused_for_training(world_of_one, make_input):
+    task = make_input()
+    with pytest.raises(ConfigError, match=r"model\.dtype=float16 loses small gradients; take bfloat16"):
+        build_model(replace(task, model=task.model.model_copy(update={"dtype": "float16"})))
 
 
 @pytest.mark.soak  # a minute of compiling, by g++

@@ -131,6 +131,28 @@ def test_a_new_adapter_diverges_nowhere_and_is_not_pulled(tiny_llama):
     assert all(p.grad.abs().max() < 1e-5 for p in model.parameters() if p.requires_grad)
 
 
+def test_the_base_is_read_without_its_own_dropout_and_training_goes_on_with_it(make_shape, monkeypatch):
+    model = make_shape("llama", attention_dropout=0.5)
+    model = attach(model, lora=LoraConfig(rank=4, alpha=8, dropout=0.0), token_ids=(TOKEN,))
+    use_packed_attention(model)
+    prepare_loss(model, read_head(model))
+    stream = join_stream(join_rows([((3, 9, 20, 31), (False, True, True, True))], sources=["d"]), [0])
+    expected_TD = model.get_decoder()(input_ids=stream.ids_T[None], segments=(4,)).last_hidden_state[0]
+    held, seen = HeldTokens(is_held_N=torch.ones(3, dtype=torch.bool)), []
+
+    def see(hidden_ND, original_ND, head):
+        seen.append((hidden_ND.detach(), original_ND))
+        return sum_divergence(hidden_ND, original_ND, head)
+
+    monkeypatch.setattr("delia.train.objective.sum_divergence", see)
+    model.train()
+    model.compute_loss(stream, weigh_equally, held)
+    ((hidden_ND, original_ND),) = seen
+    torch.testing.assert_close(original_ND, expected_TD[:3].detach())
+    assert (hidden_ND - original_ND).abs().max() > 1e-3
+    assert all(module.training for module in model.modules())
+
+
 def test_held_to_the_base_off_the_task_a_run_leaves_it_less_than_plain_tuning(
     train_here, make_input, tiny_llama
 ):

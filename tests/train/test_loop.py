@@ -222,6 +222,12 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step_and_the_way_out(tra
     assert list(run.checkpoints) == [1], "a model that is broken was kept"
 
 
+def test_a_worker_stops_when_another_has_found_something_wrong(train_here, make_input, monkeypatch):
+    monkeypatch.setattr("delia.train.loop.agree", lambda flag: True)
+    outcome = train_here(make_input()).outcome
+    assert (outcome.step, outcome.problem) == (0, "step 0: another worker stopped; see its log")
+
+
 # ---- on Ray Train
 
 

@@ -53,6 +53,24 @@ def test_shards_in_bfloat16_keep_the_start_and_the_magnitudes(measure_loss, trai
     )
 
 
+@pytest.mark.parametrize("group", [1, 2], ids=["copies", "shards"])
+def test_workers_that_find_other_stand_ins_start_from_the_first_ones(work_together, make_input, group):
+    """As an arg-max over a GPU's sums may differ between machines; copies are averaged, and never compared."""
+    stages = (StageConfig(max_steps=1, learning_rate=1e-3, token_learning_rate=1e-3),)
+    task = make_input(
+        stages=stages,
+        token_ids=(7,),
+        token_init="stand_in",
+        num_workers=2,
+        shard_group=group,
+        checkpoint_every=1,
+    )
+    _, folder = work_together(task, does="stray")
+    first, second = (torch.load(folder / f"rows-{rank}.pt", weights_only=True) for rank in range(2))
+    assert first.any()
+    assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("start", STARTS)
 def test_a_resumed_run_has_the_same_start_again(train_here, make_input, start):
     task = make_input(lora=STARTS[start], checkpoint_every=3)

@@ -53,10 +53,10 @@ def test_the_units_that_are_frozen_are_named_alike_by_the_model(make_input, trai
     task = make_input()
     methods = build_methods(task, vocab_size=64)
     assert methods.mask is None
-    model = torch.nn.ModuleDict({"q": torch.nn.Linear(2, 2)})
+    model = torch.nn.ModuleDict({"q": torch.nn.Linear(2, 2), "other": torch.nn.Linear(2, 2)})
     object.__setattr__(methods, "mask", lambda units, seed, step: seen.append(units) or frozenset())
-    methods.freeze(model, 0)
-    assert seen == [("q.weight", "q.bias")]
+    methods.freeze(model, list(model["q"].parameters()), 0)
+    assert seen == [("q.weight", "q.bias")], "what another stage moves is none of a mask's business"
 
 
 def test_a_run_with_every_method_resumed_after_any_step_ends_like_the_whole_one(train_here, make_input):

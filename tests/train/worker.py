@@ -4,7 +4,8 @@
 
 Each run has a process group of its own. Files are lines.json, what the first worker logged, and a directory a
 checkpoint, into which every worker puts its shards. A worker that does "step" leaves, instead of checkpoints,
-step.pt: what the loop has of a step before it moves anything, whole, and which parameters lay there gathered.
+step.pt: what the loop has of a step before it moves anything, whole, and which parameters lay there gathered. One that
+does "stray" finds a stand-in of its own for the token, and leaves rows-RANK.pt.
 """
 
 import json
@@ -25,7 +26,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from delia.train import checkpoints, loop
+from delia.train import building, checkpoints, loop
 from delia.train.building import TrainInput
 
 
@@ -106,6 +107,22 @@ def kept_gradients(rank: int, folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def stray_starts(rank: int, folder: Path) -> Iterator[None]:
+    """Let each worker find another stand-in for the token, and keep the rows that it starts with."""
+    build_model = loop.build_model
+
+    def build(task: TrainInput) -> PreTrainedModel:
+        with patch.object(building, "find_stand_in", lambda *_: 40 + rank):
+            model = build_model(task)
+        rows = model.get_input_embeddings().deltas_KD.detach()
+        torch.save(gather(rows).clone(), folder / f"rows-{rank}.pt")
+        return model
+
+    with patch.object(loop, "build_model", build):
+        yield
+
+
 @torch.no_grad()
 def move(model: PreTrainedModel) -> None:
     """Let LoRA and rows differ from nothing, so that every gradient is alive; the same on any mesh."""
@@ -136,7 +153,8 @@ def main() -> None:
         order = json.loads(line)
         task = pickle.loads(Path(order["task"]).read_bytes())  # the test's own
         rank, folder = order["rank"], Path(order["folder"])
-        with kept_gradients(rank, folder) if order["does"] == "step" else nullcontext():
+        watched = {"step": kept_gradients, "stray": stray_starts}.get(order["does"])
+        with watched(rank, folder) if watched else nullcontext():
             train(task, rank, order["num_workers"], folder)
         print("done", file=answers, flush=True)
 

@@ -20,7 +20,7 @@ from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
 from delia.metrics import score_name
 from delia.mix.mixture import MixConfig, count_rows
-from delia.model.loading import check_quantisation, count_heads, load_shapes
+from delia.model.loading import check_precision, check_quantisation, count_heads, load_shapes
 from delia.model.lora import STARTS_ELSEWHERE
 from delia.schema import Message, Split, Task
 from delia.store.models import ModelConfig, resolve_model
@@ -92,11 +92,13 @@ def check_rows(
     engine: EngineConfig,
     evaluate: EvaluateConfig,
 ) -> None:
-    """Check what needs the model: its quantisation and its files, and the lengths of rows, prompts and diverse rows.
+    """Check what needs the model: its precision and its files, and the lengths of rows, prompts and diverse rows.
 
     Raises:
         ChatError, TrainError, ConfigError: See the single checks.
     """
+    if arms:
+        check_precision(space.model)
     for train in (arm.train for arm in arms.values()):
         check_quantisation(
             space.model,

@@ -16,7 +16,7 @@ Legend: H query heads, G key heads, T tokens of the stream, L of one row, E a he
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,12 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from delia.errors import TrainError
+
 PACKED = "delia_packed"
 HALF = (torch.bfloat16, torch.float16)  # what the flash kernel takes
+ROUNDING = 0.05
+"""By how much of their norm two kernels' states may differ in half precision; rows that see each other: by more."""
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths change with each call, and each would be compiled anew
@@ -138,7 +142,38 @@ def _make_no_mask(*_: Any, **__: Any) -> None:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let every layer attend by `attend_segments`; the model must then be called with `segments`."""
+    """Let every layer attend by `attend_segments`; the model must then be called with `segments`.
+
+    Layers that mix tokens otherwise (convolutions, state spaces, linear attention) know of no segments, and some
+    architectures ask their kernels for more than is known here (attention sinks) or do not go through the interface at
+    all; so two rows end to end are compared with each alone, as the model read it before.
+
+    Raises:
+        TrainError: They are not the same.
+    """
+    rows = [torch.arange(*ends) % model.config.get_text_config().vocab_size for ends in ((0, 9), (9, 23))]
+    alone = [_read(model, row, torch.arange(len(row))) for row in rows]
     AttentionInterface.register(PACKED, attend_segments)
     AttentionMaskInterface.register(PACKED, _make_no_mask)
     model.set_attn_implementation(PACKED)
+    lengths = [len(row) for row in rows]
+    places = torch.cat([torch.arange(length) for length in lengths])
+    packed = _read(model, torch.cat(rows), places, segments=tuple(lengths)).split(lengths)
+    far = max(
+        float((got - expected).norm() / expected.norm()) for got, expected in zip(packed, alone, strict=True)
+    )
+    if not far <= (1e-3 if model.dtype == torch.float32 else ROUNDING):
+        raise TrainError(
+            f"{type(model).__name__} reads rows that lie end to end otherwise than alone (its states differ by"
+            f" {far:.2g} of their norm), and training here packs rows; take a base all of whose layers attend"
+        )
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel, ids_T: Tensor, places_T: Tensor, **options: Any) -> Tensor:
+    """Return the last hidden states of a stream, float32 [T, D]."""
+    device = model.device
+    states = model.get_decoder()(
+        input_ids=ids_T[None].to(device), position_ids=places_T[None].to(device), use_cache=False, **options
+    )
+    return cast(Tensor, states.last_hidden_state[0].float())

@@ -102,6 +102,19 @@ def _quantise(quantisation: Quantisation, dtype: torch.dtype) -> dict[str, Any]:
     return {"quantization_config": form, "device_map": {"": torch.cuda.current_device()}}
 
 
+def check_precision(model: ModelConfig) -> None:
+    """Refuse to train in float16, whose gradients fall under its least number as batches grow: nothing scales them.
+
+    Raises:
+        ConfigError: With what to take in its place.
+    """
+    if model.dtype == "float16":
+        raise ConfigError(
+            "training in model.dtype=float16 loses small gradients; take bfloat16, which has the exponents of float32,"
+            " or float32"
+        )
+
+
 def check_quantisation(
     model: ModelConfig,
     lora: LoraConfig | None,

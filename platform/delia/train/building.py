@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from delia.errors import TrainError
-from delia.model.adapted import attach, initialise_rows, part_of, takes_decay
+from delia.model.adapted import TokenRows, attach, initialise_rows, part_of, takes_decay
 from delia.model.attention import use_packed_attention
-from delia.model.loading import find_layers, load_base
+from delia.model.loading import check_precision, find_layers, load_base
 from delia.model.lora import READS_ROWS
 from delia.model.original import check_base_is_there
 from delia.model.stand_in import find_stand_in
@@ -47,6 +47,7 @@ def build_model(task: TrainInput) -> PreTrainedModel:
     workers starts from the same values.
     """
     config = task.config
+    check_precision(task.model)
     model = load_base(task.model, for_training=True)
     device = "cuda" if config.use_gpu else "cpu"
     if model.device.type != device:
@@ -70,6 +71,10 @@ def build_model(task: TrainInput) -> PreTrainedModel:
     if config.trains_base:
         check_storable(model, task.model)
     initialise_rows(model, config.token_init, instruction_ids=task.instruction_ids, stand_ins=stand_ins)
+    if isinstance(rows := model.get_input_embeddings(), TokenRows) and dist.get_world_size() > 1:
+        dist.broadcast(
+            rows.deltas_KD.data, src=0
+        )  # stand-ins are an arg-max: two machines may find two words
     use_packed_attention(model)
     head = read_head(model)
     if config.gradient_checkpointing:
@@ -109,7 +114,13 @@ def shard(model: PreTrainedModel, config: TrainConfig) -> None:
         mesh = init_device_mesh(device, (num_workers // group, group), mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=config.use_gpu) if config.offload else OffloadPolicy()
-    for layer in [*find_layers(model), model]:
+    layers = find_layers(model)
+    if not layers:
+        raise TrainError(
+            f"{type(model).__name__} keeps its decoder layers in no one list, and is sharded by them; train it with"
+            " one worker in float32, or take another base"
+        )
+    for layer in [*layers, model]:
         _widen(layer)  # one at a time: a whole base in float32 need not fit
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
 

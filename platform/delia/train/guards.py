@@ -103,7 +103,7 @@ def agree(flag: object) -> bool:
     """Return on all workers whether any of them has a true flag; each must call it."""
     if dist.get_world_size() == 1:
         return bool(flag)
-    shared = torch.tensor(int(bool(flag)), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    shared = torch.tensor(int(bool(flag)))
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return bool(shared)
 

@@ -181,7 +181,8 @@ def run_training(task: TrainInput, *, name: str, storage: str, output: str, log:
         trainer = TorchTrainer(
             work,  # type: ignore[arg-type]  # V2 hands on what the first worker returns
             train_loop_config={"input": [ray.put(task)], "log": remote_log},
-            torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+            # shards in the host's memory are added up there, beside those on GPUs
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=config.num_workers,
                 use_gpu=config.use_gpu,

@@ -75,12 +75,14 @@ def train_worker(settings: Mapping[str, Any]) -> Outcome:
             num_workers=num_workers,
             methods=how,
         )
-        methods.freeze(model, step)
         moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        methods.freeze(model, moved, step)
         norm = clip_gradients(moved, config.max_grad_norm)
         problem = watch.see(step, loss, norm)
-        if problem:
-            return Outcome(step=step, problem=problem)
+        if agree(
+            problem
+        ):  # sums that differ in their last bit must not let one worker go on and wait for the others
+            return Outcome(step=step, problem=problem or f"step {step}: another worker stopped; see its log")
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale_rate(stage, stage_step)
         optimizer.step()

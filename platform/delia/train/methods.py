@@ -3,7 +3,7 @@
 Without any the loss is the negative log-likelihood of the rows as they are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -69,10 +69,11 @@ class TrainMethods:
         )
         return StepMethods(weigher=self.weigher, corrupt=corrupt, held=self._hold, by_source=by_source)
 
-    def freeze(self, model: nn.Module, step: int) -> None:
-        """Drop the gradients of what stands still in a step."""
+    def freeze(self, model: nn.Module, moved: Sequence[nn.Parameter], step: int) -> None:
+        """Drop the gradients of what stands still in a step, of the parameters that its stage moves."""
         if self.mask is not None:
-            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            ids = set(map(id, moved))
+            trained = {name: p for name, p in model.named_parameters() if id(p) in ids}
             freeze(trained, self.mask, seed=self.config.seed, step=step)
 
     def _hold(self, stream: Stream) -> HeldTokens | None:
