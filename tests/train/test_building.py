@@ -72,11 +72,14 @@ def test_a_group_that_does_not_divide_the_workers_is_refused(world_of_one, make_
         build_model(make_input(shard_group=2, offload=True))
 
 
-def test_every_architecture_is_sharded_by_its_layers(make_shape, shape, world_of_one, tmp_path: Path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_architecture_is_sharded_by_its_layers(make_shape, shape, dtype, world_of_one, tmp_path: Path):
     make_shape(shape).save_pretrained(tmp_path)
     rows = join_rows([((1, 2, 3), (False, True, True))], sources=[TASK], has_token=[True])
     config = TrainConfig(lora=LoraConfig(rank=2), stages=STAGES, offload=True)
-    model = build_model(TrainInput(model=ModelConfig(path=str(tmp_path)), config=config, rows=rows))
+    model = build_model(
+        TrainInput(model=ModelConfig(path=str(tmp_path), dtype=dtype), config=config, rows=rows)
+    )
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     assert sharded == [model, *model.get_decoder().layers]
 

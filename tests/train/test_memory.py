@@ -24,6 +24,7 @@ from delia.train.settings import StageConfig, TrainConfig
 from delia.train.weighting import weigh_equally
 
 STARTER = ModelConfig(path="package://delia.starter/weights")
+LORA = LoraConfig(rank=16, alpha=16, dropout=0.0)
 LLAMA_8B = LlamaConfig(
     vocab_size=128256,
     hidden_size=4096,
@@ -102,7 +103,36 @@ def test_what_is_kept_is_what_autograd_keeps_on_the_starter(dtype, dropout):
         parameter.data = parameter.data.to(model.dtype)
     prepare_loss(model, read_head(model))
     model.train()
-    row = (tuple(range(10, 138)), (False,) * 64 + (True,) * 64)
+    measured = measure_kept(model, length=128)
+
+    parts = ("base",) if lora is None else ("lora",)
+    stages = (StageConfig(max_steps=1, parts=parts),)
+    config = make_config(lora=lora, stages=stages, max_length=128, global_batch_size=4)
+    form = AutoConfig.from_pretrained(resolve_model(base))
+    ratio = estimate_memory(form, config, dtype=dtype).kept / measured
+    assert 0.9 < ratio < 1.15, ratio
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_that_are_capped_are_kept_and_counted(make_shape, dtype):
+    """They grow with the square of a row's length, and are most of what is kept of long rows."""
+    model = make_shape("gemma2", max_position_embeddings=1024).to(getattr(torch, dtype))
+    form = model.config
+    model = attach(model, lora=LORA, trains_base=False)
+    use_packed_attention(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(model.dtype)
+    prepare_loss(model, read_head(model))
+    model.train()
+    config = make_config(lora=LORA, max_length=512, global_batch_size=4)
+    ratio = estimate_memory(form, config, dtype=dtype).kept / measure_kept(model, length=512)
+    assert 0.9 < ratio < 1.15, ratio
+
+
+def measure_kept(model, *, length: int) -> int:
+    """Return the bytes that autograd keeps of a pass over four rows, parameters aside."""
+    half = length // 2
+    row = (tuple(10 + place % 80 for place in range(length)), (False,) * half + (True,) * half)
     rows = join_rows([row] * 4, sources=[TASK] * 4)
 
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -116,14 +146,7 @@ def test_what_is_kept_is_what_autograd_keeps_on_the_starter(dtype, dropout):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.compute_loss(join_stream(rows, range(4)), weigh_equally)
-    measured = sum(storage.nbytes() for storage in kept.values())
-
-    parts = ("base",) if lora is None else ("lora",)
-    stages = (StageConfig(max_steps=1, parts=parts),)
-    config = make_config(lora=lora, stages=stages, max_length=128, global_batch_size=4)
-    form = AutoConfig.from_pretrained(resolve_model(base))
-    ratio = estimate_memory(form, config, dtype=dtype).kept / measured
-    assert 0.9 < ratio < 1.15
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def test_what_a_device_can_not_hold_is_refused_with_the_numbers_and_the_ways_out():

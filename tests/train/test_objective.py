@@ -173,12 +173,16 @@ def test_a_very_unlikely_label_has_a_finite_loss_and_gradient():
     assert (float(total), float(gradient)) == (600.0, 2.0)
 
 
-def test_the_head_s_form_is_read_from_the_config_and_held_against_the_model(make_shape):
-    gemma = make_shape("gemma2")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.15, 1.0])
+def test_the_head_s_form_is_read_from_the_config_and_held_against_the_model(make_shape, dtype, spread):
+    """In bfloat16 a capped logit is rounded four times."""
+    gemma = make_shape("gemma2", initializer_range=spread).to(dtype)
     use_packed_attention(gemma)
     assert read_head(gemma) == HeadConfig(softcap=3.0, scale=1.0)
 
-    llama = make_shape("llama", final_logit_softcapping=3.0)  # Llama's code knows no such thing
+    # Llama's code knows no such thing
+    llama = make_shape("llama", final_logit_softcapping=3.0, initializer_range=spread).to(dtype)
     use_packed_attention(llama)
     with pytest.raises(TrainError, match="logits of LlamaForCausalLM are not those of its last hidden state"):
         read_head(llama)

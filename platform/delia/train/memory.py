@@ -110,7 +110,7 @@ def estimate_memory(
     batch_tokens = -(-config.global_batch_size * config.max_length // config.num_workers)
     micro_tokens = max(config.max_length, min(config.max_tokens_per_micro_batch, batch_tokens))
     dropped = (1 if config.use_gpu else size) if lora and lora.dropout else 0
-    layer_bytes = _count_layer_bytes(model, size, is_trained=config.trains_base)
+    layer_bytes = _count_layer_bytes(model, size, is_trained=config.trains_base, length=config.max_length)
     layer_bytes += lora_width // num_layers * (size + dropped)
     kept = int(model.hidden_size) * size if config.gradient_checkpointing else layer_bytes
     device = "cuda" if config.use_gpu else "cpu"
@@ -126,13 +126,17 @@ def estimate_memory(
     )
 
 
-def _count_layer_bytes(model: PretrainedConfig, size: int, *, is_trained: bool) -> int:
+def _count_layer_bytes(model: PretrainedConfig, size: int, *, is_trained: bool, length: int) -> int:
+    """Return what autograd keeps of a layer for each token of a row of a length."""
     hidden, num_heads = int(model.hidden_size), int(model.num_attention_heads)
     width = int(getattr(model, "head_dim", None) or hidden // num_heads)
     num_keys = int(getattr(model, "num_key_value_heads", None) or num_heads)
     inner = int(getattr(model, "intermediate_size", None) or 4 * hidden)
     more = 4 * hidden + num_heads * width + inner if is_trained else 0
-    return 2 * hidden * 4 + ((2 * num_heads + 2 * num_keys) * width + 3 * inner + more) * size
+    is_capped = getattr(model, "attn_logit_softcapping", None) is not None
+    # no kernel caps scores (`model.attention`): their tanh, float32 softmax and, in half precision, weights are kept
+    scores = 8 * num_heads * length if is_capped else 0
+    return scores + 2 * hidden * 4 + ((2 * num_heads + 2 * num_keys) * width + 3 * inner + more) * size
 
 
 def read_device_bytes(config: TrainConfig, *, num_sharing: int) -> int | None:

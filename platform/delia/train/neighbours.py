@@ -158,6 +158,7 @@ def prepare_states(model: PreTrainedModel) -> None:
         ends_W = torch.tensor(lengths).cumsum(0).sub(1).to(device)
         found: list[Tensor] = []
 
+        @torch.compiler.disable  # type: ignore[untyped-decorator]  # it differs from layer to layer
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             states_1TD = output[0] if isinstance(output, tuple) else output
             found.append(states_1TD[0].index_select(0, ends_W).float())
