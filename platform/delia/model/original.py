@@ -34,11 +34,12 @@ def check_base_is_there(model: PreTrainedModel) -> None:
 
 @contextmanager
 def base_alone(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model answer as its base does, until the context is left."""
+    """Let a model answer as its base does, without a base's own dropout, until the context is left."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     before = [layer._disable_adapters for layer in layers]  # `enable_adapters` would touch requires_grad
-    rows = model.get_input_embeddings()
+    rows, was_training = model.get_input_embeddings(), model.training
     try:
+        model.eval()
         for layer in layers:
             layer._disable_adapters = True
         if isinstance(rows, TokenRows):
@@ -48,3 +49,4 @@ def base_alone(model: PreTrainedModel) -> Iterator[None]:
         for layer, was_disabled in zip(layers, before, strict=True):
             layer._disable_adapters = was_disabled
         model.set_input_embeddings(rows)
+        model.train(was_training)

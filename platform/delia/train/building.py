@@ -72,9 +72,8 @@ def build_model(task: TrainInput) -> PreTrainedModel:
         check_storable(model, task.model)
     initialise_rows(model, config.token_init, instruction_ids=task.instruction_ids, stand_ins=stand_ins)
     if isinstance(rows := model.get_input_embeddings(), TokenRows) and dist.get_world_size() > 1:
-        dist.broadcast(
-            rows.deltas_KD.data, src=0
-        )  # stand-ins are an arg-max: two machines may find two words
+        # stand-ins are an arg-max: two machines may find two words
+        dist.broadcast(rows.deltas_KD.data, src=0)
     use_packed_attention(model)
     head = read_head(model)
     if config.gradient_checkpointing:

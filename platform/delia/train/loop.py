@@ -79,9 +79,8 @@ def train_worker(settings: Mapping[str, Any]) -> Outcome:
         methods.freeze(model, moved, step)
         norm = clip_gradients(moved, config.max_grad_norm)
         problem = watch.see(step, loss, norm)
-        if agree(
-            problem
-        ):  # sums that differ in their last bit must not let one worker go on and wait for the others
+        # sums that differ in their last bit must not let one worker go on and wait for the others
+        if agree(problem):
             return Outcome(step=step, problem=problem or f"step {step}: another worker stopped; see its log")
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale_rate(stage, stage_step)

@@ -52,11 +52,8 @@ def _compute_held_loss(
     A second pass without the adapter gives the base's states, and without a base's own dropout; every worker makes it,
     held tokens or not.
     """
-    was_training = model.training
-    model.eval()
     with torch.no_grad(), base_alone(model):
         original_ND = _read_hidden(model, stream)
-    model.train(was_training)
     hidden_ND = _read_hidden(model, stream)
     is_held_N = held.is_held_N
     told = replace(stream, labels_N=stream.labels_N[~is_held_N], row_N=stream.row_N[~is_held_N])
