@@ -1,6 +1,7 @@
 """The driver of `pool_driver.py` that is killed at a point of its acceptance, or leaves one behind that writes on.
 
 DELIA_AIM=point:victims python aimed_driver.py output_dir scripted 0       victims: both | acceptance | driver
+python aimed_driver.py serve           # without Ray; reads lines of output_dir, point and victims between tabs
 
 Beside `output_dir` lie files: .asked has the chunks that engines were asked for, .reached is there once the point was
 reached (who comes there later goes on past it), and .orphan once the acceptance that was left behind has ended.
@@ -12,13 +13,13 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from delia.flow import acceptance
+from delia.flow import acceptance, pool, screening
 from delia.store import pools
 from delia.store.tables import MANIFEST, join
 from delia.synthesize import pipeline
@@ -118,7 +119,37 @@ def ask_noted(dialogue: Any, blocks: Any, **fields: Any) -> Any:
     return run_script(dialogue, blocks, **fields)
 
 
+def build(output_dir: Path) -> Any:
+    """Make the pool."""
+    engine = driver.EngineConfig(kind="scripted")
+    space = driver.open_space(str(output_dir))
+    return driver.build_pool(driver.POOL, space, engine=engine, log=lambda metrics, step: None)
+
+
+def serve() -> None:
+    """For each line of the input make a pool in a process that holds driver and acceptance; print how it ended.
+
+    A test's own process is no parent for them: it may hold a driver of Ray, and what its forks do with their
+    copies of Ray's objects and sockets takes that driver down.
+    """
+    local_stage = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["LocalStage"]
+    pipeline.run_script = local_stage()
+    pool.host_acceptance = lambda *args, **options: nullcontext(AimedAcceptance(*args, **options))
+    pool.host_screeners = lambda *args, **options: nullcontext(screening.Screeners(()))
+    for line in sys.stdin:
+        output_dir, point, victims = line.rstrip("\n").split("\t")
+        if (pid := os.fork()) == 0:
+            try:
+                AimedAcceptance.aim = Aim(Path(output_dir), point, victims, os.getpid())
+                build(Path(output_dir))
+            finally:
+                os._exit(1)
+        print(os.waitpid(pid, 0)[1], flush=True)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["serve"]:
+        sys.exit(serve())
     point, _, victims = os.environ.get("DELIA_AIM", "").partition(":")
     AimedAcceptance.aim = Aim(Path(sys.argv[1]), point, victims, os.getpid())
     acceptance.Acceptance = AimedAcceptance

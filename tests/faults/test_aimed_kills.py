@@ -3,9 +3,11 @@
 import os
 import runpy
 import signal
+import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE, Popen
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from delia.store.pools import Pool, read_pool, read_rejections
 from delia.store.tables import read_table
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("aimed_driver.py")
 aimed = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 driver = aimed.driver
@@ -38,26 +41,18 @@ def read_asked(job: Any) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def build(output_dir: Path) -> Pool:
-    engine = driver.EngineConfig(kind="scripted")
-    return driver.build_pool(
-        driver.POOL, driver.open_space(str(output_dir)), engine=engine, log=lambda metrics, step: None
-    )
+@pytest.fixture(scope="module")
+def build_until() -> Iterator[Callable[..., int]]:
+    """Return a function that makes a pool in a process that is killed at a point; it returns how that ended."""
+    command = [sys.executable, str(SCRIPT), "serve"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
+    with Popen(command, stdin=PIPE, stdout=PIPE, text=True, env=environment) as server:
 
+        def build(point: str, victims: str, output_dir: Path) -> int:
+            print(output_dir, point, victims, sep="\t", file=server.stdin, flush=True)
+            return int(server.stdout.readline())
 
-def build_until(point: str, victims: str, output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Make a pool in a process that holds driver and acceptance and is killed at a point; return how it ended."""
-    if (pid := os.fork()) == 0:
-        try:
-            aimed.AimedAcceptance.aim = aimed.Aim(output_dir, point, victims, os.getpid())
-            monkeypatch.setattr(
-                "delia.flow.pool.host_acceptance",
-                lambda *args, **options: nullcontext(aimed.AimedAcceptance(*args, **options)),
-            )
-            build(output_dir)
-        finally:
-            os._exit(1)
-    return os.waitpid(pid, 0)[1]
+        yield build
 
 
 def list_stored(output_dir: Path) -> dict[Path, int]:
@@ -67,16 +62,16 @@ def list_stored(output_dir: Path) -> dict[Path, int]:
 
 @pytest.mark.parametrize("point", POINTS)
 def test_one_process_that_is_killed_at_a_point_leaves_what_the_next_one_makes_a_whole_pool_of(
-    whole, rejections, local_stage, tmp_path, monkeypatch, point
+    whole, rejections, local_stage, build_until, tmp_path, point
 ):
     output_dir = tmp_path / "killed"
     output_dir.mkdir()
-    assert build_until(point, "both", output_dir, monkeypatch) == signal.SIGKILL
+    assert build_until(point, "both", output_dir) == signal.SIGKILL
     stored = list_stored(output_dir)
     tables = [read_table(str(path)).select(["source", "index"]) for path in stored]
     made = {f"{row['source']}:{row['index']}" for table in tables for row in table.to_pylist()}
     stage = local_stage()
-    pool = build(output_dir)
+    pool = aimed.build(output_dir)
 
     assert (pool.manifest.root, pool.rows) == (whole.manifest.root, whole.rows)
     assert pool.manifest.counts == whole.manifest.counts
@@ -99,12 +94,12 @@ def wait_for_orphan(output_dir: Path) -> None:
 
 @pytest.mark.parametrize("point", ["in rows.parquet", "in rejected.parquet"])
 def test_an_orphan_that_writes_after_its_successors_commit_changes_nothing(
-    whole, rejections, local_stage, tmp_path, monkeypatch, point
+    whole, rejections, local_stage, build_until, tmp_path, point
 ):
     output_dir = tmp_path / "killed"
     output_dir.mkdir()
-    assert build_until(point, "driver", output_dir, monkeypatch) == signal.SIGKILL
-    build(output_dir)
+    assert build_until(point, "driver", output_dir) == signal.SIGKILL
+    aimed.build(output_dir)
     wait_for_orphan(output_dir)
 
     address = driver.find_pool(driver.open_space(str(output_dir)))
