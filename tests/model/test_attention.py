@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from delia.errors import TrainError
 from delia.model import attention
-from delia.model.attention import attend_segments, use_packed_attention
+from delia.model.attention import Segments, attend_segments, use_packed_attention
 
 LENGTHS = (5, 17, 1, 9)
 
@@ -29,7 +29,7 @@ def test_every_architecture_reads_packed_rows_as_it_reads_them_alone(make_shape,
     packed = model(
         input_ids=torch.cat(rows)[None],
         position_ids=torch.cat([torch.arange(len(row)) for row in rows])[None],
-        segments=LENGTHS,
+        segments=Segments(*LENGTHS),
     ).logits[0]
     for expected, logits in zip(alone, packed.split(LENGTHS), strict=True):
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -85,10 +85,9 @@ def test_a_row_before_changes_nothing_and_no_place_sees_what_follows(make_shape)
 
     def read(*rows: torch.Tensor) -> torch.Tensor:
         positions = torch.cat([torch.arange(len(row)) for row in rows])
-        lengths = tuple(len(row) for row in rows)
-        return model(input_ids=torch.cat(rows)[None], position_ids=positions[None], segments=lengths).logits[
-            0
-        ]
+        segments = Segments(*(len(row) for row in rows))
+        ids = torch.cat(rows)[None]
+        return model(input_ids=ids, position_ids=positions[None], segments=segments).logits[0]
 
     other = (first + 1) % 96
     assert torch.equal(read(first, second)[5:], read(other, second)[5:])
@@ -106,7 +105,7 @@ def test_a_row_s_gradient_is_its_own_and_changes_with_no_other_row(make_shape, s
     def read(rows: list[torch.Tensor], place: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return one row's logits, and the gradients of them by each row's embeddings."""
         inputs = model.get_input_embeddings()(torch.cat(rows)[None]).requires_grad_()
-        logits = model(inputs_embeds=inputs, position_ids=positions, segments=LENGTHS).logits[0]
+        logits = model(inputs_embeds=inputs, position_ids=positions, segments=Segments(*LENGTHS)).logits[0]
         own = logits.split(LENGTHS)[place]
         (gradient,) = torch.autograd.grad(own.square().sum(), inputs)
         return own, list(gradient[0].split(LENGTHS))
@@ -143,7 +142,9 @@ def test_the_flash_kernel_is_taken_where_it_can_and_rows_elsewhere(
         query, key, value = (
             torch.empty(1, num_heads, sum(LENGTHS), 8, device=device, dtype=dtype) for num_heads in (4, 2, 2)
         )
-        attend_segments(SimpleNamespace(), query, key, value, scaling=1.0, segments=LENGTHS, **settings)
+        attend_segments(
+            SimpleNamespace(), query, key, value, scaling=1.0, segments=Segments(*LENGTHS), **settings
+        )
     assert taken == {kernel}
 
 
@@ -162,7 +163,7 @@ def test_the_flash_kernel_attends_as_the_loop_over_rows_does(window):
     sizes = [(1, num_heads, sum(LENGTHS), 64) for num_heads in (4, 2, 2)]
     half = [torch.randn(size, device="cuda").bfloat16().requires_grad_() for size in sizes]
     full = [part.detach().float().requires_grad_() for part in half]
-    settings = {"scaling": 0.125, "segments": LENGTHS, "sliding_window": window}
+    settings = {"scaling": 0.125, "segments": Segments(*LENGTHS), "sliding_window": window}
     by_kernel, _ = attend_segments(SimpleNamespace(), *half, **settings)
     by_rows, _ = attend_segments(SimpleNamespace(), *full, **settings)
     torch.testing.assert_close(by_kernel.float(), by_rows, atol=2e-2, rtol=2e-2)

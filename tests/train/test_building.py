@@ -1,10 +1,12 @@
 """Ways to hold a model in memory: each trains what the plain way trains."""
 
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+from torch import _dynamo as dynamo
 from torch.distributed.fsdp import FSDPModule
 
 from delia.errors import ConfigError, TrainError
@@ -12,7 +14,7 @@ from delia.model.adapted import LoraConfig
 from delia.store.models import ModelConfig
 from delia.train.building import TrainInput, build_model
 from delia.train.rows import TASK, join_rows
-from delia.train.settings import StageConfig, TrainConfig
+from delia.train.settings import MetersConfig, StageConfig, TrainConfig
 
 STAGES = (StageConfig(max_steps=4, learning_rate=1e-2, token_learning_rate=1e-2, warmup_steps=1),)
 
@@ -100,3 +102,21 @@ def test_float16_is_refused_for_training(world_of_one, make_input):
 def test_compiled_layers_give_the_same_gradients(train_here, make_input):
     plain = train_here(make_input(stages=STAGES))
     assert_alike(train_here(make_input(stages=STAGES, compile=True)), plain, loss=1e-5, tensor=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["llama", "gemma2"])
+def test_all_variants_of_a_layer_are_compiled(train_here, make_input, save_shape, shape, monkeypatch):
+    """Past a limit Dynamo runs a layer as it is. Which variants there are is seen without a compiler of C."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    task = make_input(
+        stages=STAGES,
+        compile=True,
+        gradient_checkpointing=True,
+        dropout=0.1,
+        kl_weight=0.1,
+        meters=MetersConfig(every=1, num_rows=5, num_words=40),
+    )
+    object.__setattr__(task, "instruction_ids", (40, 41, 42))
+    with dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        run = train_here(replace(task, model=ModelConfig(path=str(save_shape(shape)), dtype="float32")))
+    assert len(run.losses) == 4

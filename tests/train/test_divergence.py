@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from delia.errors import TrainError
 from delia.model.adapted import LoraConfig, attach
-from delia.model.attention import use_packed_attention
+from delia.model.attention import Segments, use_packed_attention
 from delia.model.loading import load_base
 from delia.model.logprobs import load_adapted, mean_kl
 from delia.model.original import base_alone, check_base_is_there
@@ -70,10 +70,10 @@ def test_inside_the_context_an_adapted_model_is_its_base_and_afterwards_itself(t
         with torch.no_grad():
             return of(input_ids=ids, **options).logits
 
-    before = answer(model, segments=(4,))
+    before = answer(model, segments=Segments(4))
     with base_alone(model):
-        torch.testing.assert_close(answer(model, segments=(4,)), answer(load_base(tiny_llama)))
-    assert torch.equal(answer(model, segments=(4,)), before)
+        torch.testing.assert_close(answer(model, segments=Segments(4)), answer(load_base(tiny_llama)))
+    assert torch.equal(answer(model, segments=Segments(4)), before)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == needed
     assert not torch.allclose(before, answer(load_base(tiny_llama)))
 
@@ -104,7 +104,7 @@ def test_held_tokens_have_the_divergence_and_the_others_their_loss(tiny_llama):
 
     logits, nats = [], []
     for ids, _ in rows:
-        packed = model(input_ids=torch.tensor([ids]), segments=(len(ids),)).logits[0].log_softmax(-1)
+        packed = model(input_ids=torch.tensor([ids]), segments=Segments(len(ids))).logits[0].log_softmax(-1)
         with torch.no_grad():
             target = base(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         logits.append(packed)
@@ -137,7 +137,7 @@ def test_the_base_is_read_without_its_own_dropout_and_training_goes_on_with_it(m
     use_packed_attention(model)
     prepare_loss(model, read_head(model))
     stream = join_stream(join_rows([((3, 9, 20, 31), (False, True, True, True))], sources=["d"]), [0])
-    expected_TD = model.get_decoder()(input_ids=stream.ids_T[None], segments=(4,)).last_hidden_state[0]
+    expected_TD = model.get_decoder()(input_ids=stream.ids_T[None], segments=Segments(4)).last_hidden_state[0]
     held, seen = HeldTokens(is_held_N=torch.ones(3, dtype=torch.bool)), []
 
     def see(hidden_ND, original_ND, head):

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from delia.config import override
 from delia.metrics import check_metric
+from delia.model.attention import Segments
 from delia.model.loading import load_base
 from delia.model.logprobs import load_adapted, mean_kl
 from delia.rng import make_random
@@ -113,7 +114,7 @@ def gradient_of(model, task, rows) -> torch.Tensor:
     count = int(task.rows.num_trained_R[rows].sum())
     for row in rows:
         ids, mask = (torch.tensor(part.tolist()) for part in task.rows[row])
-        logits = model(input_ids=ids[None], segments=(len(ids),)).logits[0, :-1]
+        logits = model(input_ids=ids[None], segments=Segments(len(ids))).logits[0, :-1]
         losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
         (losses[mask[1:]].sum() / count).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])

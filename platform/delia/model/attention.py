@@ -3,7 +3,7 @@
 Registered with transformers under `PACKED`, so that every architecture that goes through its attention
 interface takes it. A model is called with the rows' lengths:
 
-    use_packed_attention(model); model(input_ids, position_ids=..., segments=(12, 7, 30))
+    use_packed_attention(model); model(input_ids, position_ids=..., segments=Segments(12, 7, 30))
 
 What attends, by availability: torch's flash kernel for rows of different lengths where it can (a GPU, half
 precision, no cap of the scores, no dropout), else row by row. torch's flex attention, one kernel for caps, windows
@@ -32,6 +32,17 @@ ROUNDING = 0.05
 """By how much of their norm two kernels' states may differ in half precision; rows that see each other: by more."""
 
 
+class Segments:
+    """The lengths of the rows of a stream.
+
+    A tuple in its place would be looked into by torch.compile, which makes a layer anew for each number of rows.
+    """
+
+    def __init__(self, *lengths: int) -> None:
+        """Take the lengths in the order of the rows."""
+        self.lengths = list(lengths)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths change with each call, and each would be compiled anew
 def attend_segments(
     module: nn.Module,
@@ -41,7 +52,7 @@ def attend_segments(
     attention_mask: None = None,
     *,
     scaling: float,
-    segments: Sequence[int],
+    segments: Segments,
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
@@ -61,11 +72,13 @@ def attend_segments(
     """
     sliding_window, softcap = options.get("sliding_window"), options.get("softcap")
     if query_1HTE.is_cuda and query_1HTE.dtype in HALF and softcap is None and not dropout:
-        return _attend_varlen(query_1HTE, key_1GTE, value_1GTE, scaling, segments, sliding_window), None
+        return _attend_varlen(
+            query_1HTE, key_1GTE, value_1GTE, scaling, segments.lengths, sliding_window
+        ), None
     parts = zip(
-        query_1HTE.split(list(segments), 2),
-        key_1GTE.split(list(segments), 2),
-        value_1GTE.split(list(segments), 2),
+        query_1HTE.split(segments.lengths, 2),
+        key_1GTE.split(segments.lengths, 2),
+        value_1GTE.split(segments.lengths, 2),
         strict=True,
     )
     attended = [_attend(*part, scaling, dropout, sliding_window, softcap) for part in parts]
@@ -115,11 +128,11 @@ def _attend_varlen(
     key_1GTE: Tensor,
     value_1GTE: Tensor,
     scaling: float,
-    segments: Sequence[int],
+    lengths: Sequence[int],
     sliding_window: int | None,
 ) -> Tensor:
     """Return all rows at once by torch's flash kernel for rows of different lengths, [1, T, H, E]."""
-    ends = torch.tensor([0, *segments], device=query_1HTE.device).cumsum(0).to(torch.int32)
+    ends = torch.tensor([0, *lengths], device=query_1HTE.device).cumsum(0).to(torch.int32)
     query_THE, key_TGE, value_TGE = (part[0].transpose(0, 1) for part in (query_1HTE, key_1GTE, value_1GTE))
     attended = varlen_attn(
         query_THE,
@@ -127,8 +140,8 @@ def _attend_varlen(
         value_TGE,
         ends,
         ends,
-        max(segments),
-        max(segments),
+        max(lengths),
+        max(lengths),
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=query_1HTE.shape[1] != key_1GTE.shape[1],
@@ -158,7 +171,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(PACKED)
     lengths = [len(row) for row in rows]
     places = torch.cat([torch.arange(length) for length in lengths])
-    packed = _read(model, torch.cat(rows), places, segments=tuple(lengths)).split(lengths)
+    packed = _read(model, torch.cat(rows), places, segments=Segments(*lengths)).split(lengths)
     far = max(
         float((got - expected).norm() / expected.norm()) for got, expected in zip(packed, alone, strict=True)
     )

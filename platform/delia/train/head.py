@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from delia.errors import TrainError
+from delia.model.attention import Segments
 
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 """Logits that exist at once: what a core's caches bear, and enough rows to fill a GPU."""
@@ -90,7 +91,7 @@ def read_head(model: PreTrainedModel) -> HeadConfig:
             " a plain linear layer is needed, since its logits are computed a few tokens at a time"
         )
     ids_BT = torch.arange(min(8, config.vocab_size), device=model.device)[None]
-    segments: Any = {"segments": (ids_BT.shape[1],)}
+    segments: Any = {"segments": Segments(ids_BT.shape[1])}
     with torch.no_grad():
         expected_TV = cast(nn.Module, model)(input_ids=ids_BT, use_cache=False, **segments).logits[0].float()
         hidden_TD = model.get_decoder()(input_ids=ids_BT, use_cache=False, **segments).last_hidden_state[0]

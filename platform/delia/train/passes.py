@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
+from delia.model.attention import Segments
+
 
 def add_pass(model: PreTrainedModel, run: Callable[..., Any]) -> None:
     """Give a model a function as its method, by the function's name, which FSDP treats as `forward`."""
@@ -28,7 +30,7 @@ def run_decoder(
         input_ids=ids_T[None].to(device),
         position_ids=positions_T[None].to(device),
         use_cache=False,
-        segments=lengths,
+        segments=Segments(*lengths),
     )
     return cast(Tensor, states.last_hidden_state[0])
 
