@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.update(
     OMP_NUM_THREADS="1",
+    RAY_worker_niceness="0",  # as where `connect` starts a cluster: beside another process a nice worker starves
     HF_HUB_OFFLINE="1",
     RAY_USAGE_STATS_ENABLED="0",
     VLLM_NO_USAGE_STATS="1",
@@ -18,6 +20,9 @@ os.environ.update(
     MLFLOW_DISABLE_TELEMETRY="true",
     HF_HUB_DISABLE_TELEMETRY="1",
 )
+# no property is one of speed
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 
 @pytest.fixture(scope="session")

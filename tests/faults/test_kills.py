@@ -42,11 +42,13 @@ def check_survival(job: Any, kinds: tuple[str, ...], whole: Pool, *, seed: int) 
 
 
 @pytest.mark.system
+@pytest.mark.timeout(3 * PATIENCE)
 def test_a_job_that_is_killed_with_its_cluster_and_then_alone_makes_the_pool_of_a_whole_one(make_job, whole):
     check_survival(make_job(), ("cluster", "driver"), whole, seed=1)
 
 
 @pytest.mark.system
+@pytest.mark.timeout(3 * PATIENCE)
 def test_a_job_that_loses_an_engine_and_then_a_node_goes_on_to_the_pool_of_a_whole_one(make_job, whole):
     check_survival(make_job(num_nodes=2), ("engine", "node"), whole, seed=2)
 

@@ -236,7 +236,10 @@ def server_uri(tmp_path: Path) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
-            server.wait(timeout=60)
+            try:
+                server.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -28,6 +28,8 @@ ORDERS = [
 ]
 """Whose step it is: the orphan's, 0, or its successor's, 1."""
 BUCKET = "orphans"
+PATIENCE = 600
+"""Seconds that a thread waits for another's steps; the limit only ends a failure."""
 
 
 class DriverDiedError(Exception):
@@ -47,20 +49,20 @@ class Turns:
         """Start a thread, and wait until it is before its first step."""
         self._go.append(threading.Semaphore(0))
         threading.Thread(target=self._run, args=(len(self._go) - 1, write), daemon=True).start()
-        assert self._stopped.acquire(timeout=60)
+        assert self._stopped.acquire(timeout=PATIENCE)
 
     def take(self, number: int) -> None:
         """Let a thread take its next step; one that has ended takes none."""
         if number not in self._ended:
             self._go[number].release()
-            assert self._stopped.acquire(timeout=60)
+            assert self._stopped.acquire(timeout=PATIENCE)
 
     def pause(self) -> None:
         """Wait for the next turn; whoever is no such thread goes on."""
         number = getattr(self._own, "number", None)
         if number is not None:
             self._stopped.release()
-            assert self._go[number].acquire(timeout=60)
+            assert self._go[number].acquire(timeout=PATIENCE)
 
     def _run(self, number: int, write: Callable[[], Any]) -> None:
         self._own.number = number

@@ -20,7 +20,7 @@ from delia.store.candidates import Candidate, from_candidate_table
 from delia.store.pools import Pool
 from delia.store.tables import read_table
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(3000)]  # six engines start
 
 REPLICAS = (1, 2, 3)
 
@@ -47,8 +47,9 @@ def build_shuffled(
     def run_shuffled(script, blocks, **options):
         def answer_once_all_have_started(block, ask):
             (started / str(os.getpid())).touch()
-            give_up = time.monotonic() + 300
-            while len(list(started.iterdir())) < num_replicas and time.monotonic() < give_up:
+            give_up = time.monotonic() + 600
+            while len(list(started.iterdir())) < num_replicas:
+                assert time.monotonic() < give_up, "a replica did not start"
                 time.sleep(0.05)
             return script(block, ask)
 
@@ -90,7 +91,7 @@ def built(
         free = read_free()
         with pytest.MonkeyPatch.context() as monkeypatch:
             pids = build_shuffled(config, space, num_replicas=num_replicas, monkeypatch=monkeypatch)
-        give_up = time.monotonic() + 120
+        give_up = time.monotonic() + 600
         while (left := find_left(pids, free)) and time.monotonic() < give_up:
             time.sleep(0.5)
         folder = Path(space.output_dir) / "candidates"

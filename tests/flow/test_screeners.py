@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -126,8 +127,10 @@ def test_the_pool_is_that_of_one_process_though_screeners_die(
 
     def kill(actor: Any, number: int) -> None:
         if number in (1, 4):
-            ray.kill(actor, no_restart=False)
-            restarted.append(ray.get(actor.__ray_call__.remote(get_process)) != processes[actor])
+            killed = processes[actor]
+            os.kill(killed, signal.SIGKILL)
+            processes[actor] = ray.get(actor.__ray_call__.remote(get_process))
+            restarted.append(processes[actor] != killed)
 
     sent = screen_apart(kill)
     pool = build(space, config)

@@ -39,8 +39,9 @@ def begin(cluster: None, tmp_path: Path) -> Callable[..., tuple[object, Callable
 
 def wait_until(is_so: Callable[[], bool]) -> None:
     """Wait for what replicas do; give up where it would never come."""
-    give_up = time.monotonic() + 120
-    while not is_so() and time.monotonic() < give_up:
+    give_up = time.monotonic() + 600
+    while not is_so():
+        assert time.monotonic() < give_up
         time.sleep(0.05)
 
 

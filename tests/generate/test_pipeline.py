@@ -26,6 +26,8 @@ from delia.store.models import ModelConfig
 STARTER = ModelConfig(path="package://delia.starter/weights")
 SAMPLING = SamplingConfig(max_tokens=12)
 END_IDS = (2,)
+PATIENCE = 600
+"""Seconds for what takes a few on a machine with nothing else to do."""
 REQUESTS = [
     Request(request_id=f"r{place}", prompt_ids=(9, 10 + place, 11, 12), seed=place) for place in range(40)
 ]
@@ -97,8 +99,9 @@ def test_several_blocks_are_in_one_engine_at_a_time(cluster):
 
     def meet(block: pa.Table, ask: Ask) -> pa.Table:
         begun.append(block["request_id"][0].as_py())
-        give_up = time.monotonic() + 60
-        while len(begun) < 2 and time.monotonic() < give_up:
+        give_up = time.monotonic() + PATIENCE
+        while len(begun) < 2:
+            assert time.monotonic() < give_up, "no other block"
             time.sleep(0.01)
         return pa.table({"begun": [len(begun)]})
 
@@ -122,7 +125,7 @@ def test_a_stream_that_is_no_longer_read_gives_its_replicas_back(cluster):
     tables = stream(many, num_replicas=2)
     next(tables)
     tables.close()
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + PATIENCE
     while ray.available_resources().get("CPU") != everything and time.monotonic() < give_up:
         time.sleep(0.1)
 
@@ -207,25 +210,34 @@ def test_an_engine_waits_for_a_node_that_joins(cluster, monkeypatch):
 
 
 ON_THREE_NODES = """
+import sys
 import time
+from functools import partial
+from pathlib import Path
 import pyarrow as pa
 import ray
 from ray.cluster_utils import Cluster
+from delia.flow.workspace import start_slowly
 from delia.generate.engine import EngineConfig, Request, SamplingConfig
 from delia.generate.pipeline import run_script, to_blocks
 from delia.store.models import ModelConfig
 
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+cluster = start_slowly(partial(Cluster, initialize_head=True, head_node_args={"num_cpus": 2}))
 for _ in range(2):
-    cluster.add_node(num_cpus=2)
-cluster.wait_for_nodes()
+    start_slowly(partial(cluster.add_node, num_cpus=2))
+cluster.wait_for_nodes(timeout=300)
 ray.init(address=cluster.address)
 number_by_node = {node["NodeID"]: number for number, node in enumerate(ray.nodes())}
 
 
 def tell_node(block, ask):
-    time.sleep(0.5)  # long enough that one replica does not answer everything
-    return pa.table({"node": [number_by_node[ray.get_runtime_context().get_node_id()]]})
+    node = number_by_node[ray.get_runtime_context().get_node_id()]
+    Path(sys.argv[1], str(node)).touch()
+    give_up = time.monotonic() + 600
+    while len(list(Path(sys.argv[1]).iterdir())) < 3:  # no replica does everything before another has started
+        assert time.monotonic() < give_up, "replicas share a node"
+        time.sleep(0.05)
+    return pa.table({"node": [node]})
 
 
 tables = run_script(
@@ -248,6 +260,9 @@ def test_replicas_sit_on_different_nodes(tmp_path: Path):
     """In a process of its own, since this one is connected to another cluster."""
     script = tmp_path / "three_nodes.py"
     script.write_text(ON_THREE_NODES)
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    (tmp_path / "begun").mkdir()
+    command = [sys.executable, str(script), str(tmp_path / "begun")]
+    result = subprocess.run(command, capture_output=True, text=True)
 
+    assert result.returncode == 0, result.stderr[-6000:]
     assert "nodes 30 0 1 2" in result.stdout.splitlines()

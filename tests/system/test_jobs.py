@@ -17,7 +17,11 @@ import pytest
 from mlflow import MlflowClient
 from ray.job_submission import JobSubmissionClient
 
+from delia.flow.workspace import start_slowly
+
 ROOT = Path(__file__).parents[2]
+PATIENCE = 600
+"""Seconds for what takes a few on a machine with nothing else to do."""
 SMALL = (
     "split=dev",
     "baselines={}",
@@ -70,30 +74,43 @@ def head(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     # Ray's fixed ones are taken by the cluster of the other tests; without its own port the node's agent
     # takes no job, and the node starts all the same
     command += [f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env=environment, start_new_session=True
-        )
     address = f"http://127.0.0.1:{dashboard}"
-    try:
-        _wait_until_it_takes_jobs(address, process, log)
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def run() -> Iterator[None]:
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                command, stdout=stream, stderr=stream, env=environment, start_new_session=True
+            )
         try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            _wait_until_it_takes_jobs(address, process, log)
+            yield
+        finally:
+            _stop(process)
+
+    with contextlib.ExitStack() as stack:
+        start_slowly(lambda: stack.enter_context(run()))
+        yield address
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait_until_it_takes_jobs(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
     """Submit a job that does nothing until one is taken: the port opens before the node's agent is there."""
     refusal: Exception | None = None
-    for _ in range(24):  # a refusal takes seconds itself
+    give_up = time.monotonic() + PATIENCE
+    while time.monotonic() < give_up:
         assert process.poll() is None, log.read_text()
         try:
             JobSubmissionClient(address).submit_job(entrypoint="true")
-        except (ConnectionError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:  # those of `requests` are OSErrors
             refusal = error
             time.sleep(1)
         else:
@@ -108,7 +125,7 @@ def test_delia_is_not_installed_in_the_bare_environment(bare_python: Path) -> No
 
 
 @pytest.mark.system
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_a_submitted_adapt_job_registers_a_verified_version(
     head: str, bare_python: Path, tmp_path: Path
 ) -> None:

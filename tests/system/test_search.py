@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -24,11 +26,12 @@ SETTINGS = (
 TRIALS = {"trial ratio-0-rate-1", "trial ratio-0.5-rate-1", "trial rows-only"}
 
 
-def start(output_dir: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Start the job in a session of its own, so that a kill takes its cluster too."""
+@contextmanager
+def campaign(output_dir: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the job in a session of its own, and kill what is left of it and of its cluster in the end."""
     settings = [part for text in (*SETTINGS, f"recipe.output_dir={output_dir}") for part in ("--set", text)]
     with log.open("ab") as stream:
-        return subprocess.Popen(
+        job = subprocess.Popen(
             [sys.executable, "jobs/search.py", "search_starter_sep", *settings],
             stdout=stream,
             stderr=stream,
@@ -36,25 +39,29 @@ def start(output_dir: Path, log: Path) -> subprocess.Popen[bytes]:
             env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},
             start_new_session=True,
         )
+    try:
+        yield job
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
 
 
 @pytest.mark.system
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_a_killed_campaign_goes_on_and_keeps_what_was_finished(tmp_path: Path) -> None:
     output_dir, log = tmp_path / "runs", tmp_path / "log"
-    first = start(output_dir, log)
-    for _ in range(900):
-        if list(output_dir.glob("evals/*/manifest.json")):
-            break
-        assert first.poll() is None, log.read_text()[-4000:]
-        time.sleep(1)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    with campaign(output_dir, log) as first:
+        for _ in range(900):
+            if list(output_dir.glob("evals/*/manifest.json")):
+                break
+            assert first.poll() is None, log.read_text()[-4000:]
+            time.sleep(1)
     finished = {path: path.stat().st_mtime_ns for path in output_dir.glob("*/*/manifest.json")}
     assert any(path.parts[-3] == "evals" for path in finished)
 
-    second = start(output_dir, log)
-    assert second.wait(1000) == 0, log.read_text()[-6000:]
+    with campaign(output_dir, log) as second:
+        assert second.wait(1000) == 0, log.read_text()[-6000:]
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished step was done twice"
 
     client = MlflowClient(f"sqlite:///{output_dir}/mlflow.db")

@@ -30,11 +30,16 @@ def scrape() -> dict[tuple[str, str], float]:
 
 def wait_for(key: tuple[str, str], value: float) -> None:
     """Ray gathers metrics every ten seconds; the limit only ends a failure."""
+    seen: object = None
     for _ in range(240):
-        if scrape().get(key) == value:
-            return
+        try:
+            seen = scrape()
+            if seen.get(key) == value:
+                return
+        except OSError as error:  # the node's agent opens its port late
+            seen = error
         time.sleep(1)
-    raise AssertionError(f"{key} is not {value}: {scrape()}")
+    raise AssertionError(f"{key} is not {value}: {seen}")
 
 
 @pytest.fixture
