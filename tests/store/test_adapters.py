@@ -174,7 +174,7 @@ def test_an_adapter_on_an_object_store_is_copied_once_a_process(tmp_path, monkey
     """A filesystem that is not the local one, though its files are here."""
     write_adapter(tmp_path / "adapter", LORA, vocab_size=6, base_model="base")
     remote = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    monkeypatch.setattr("delia.store.tables.open_filesystem", lambda address: (remote, "adapter"))
+    monkeypatch.setattr("delia.store.directories.open_filesystem", lambda address: (remote, "adapter"))
 
     first = fetch_adapter("s3://bucket/adapter")
     assert not first.is_relative_to(tmp_path)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from delia.chat import load_chat, save_tokenizer
 from delia.errors import EngineError, StoreError
 from delia.store.adapters import CONFIG, check_servable, read_tensors
-from delia.store.serving import ServedFiles, locate_served, read_architecture
+from delia.store.serving import ServedFiles, hash_adapter, locate_served, read_architecture
 from delia.store.serving import write_served as write_in_dtype
 from delia.store.tables import MANIFEST, read_manifest
 
@@ -72,9 +72,8 @@ def test_a_merged_model_without_rows_stays_tied(tiny_base, peft_adapter, tmp_pat
     adapter = peft_adapter(base, r=4, lora_alpha=6, **settings)
     served = write_served("merged", base, adapter, tmp_path)
     check_equal(served, base, adapter)
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
-        (base / "config.json").read_text()
-    )
+    expected = json.loads((base / "config.json").read_text()) | {"delia_adapter": hash_adapter(adapter)}
+    assert json.loads((tmp_path / "config.json").read_text()) == expected
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
 
 

@@ -1,11 +1,15 @@
 """Tables and manifests: whole or absent, on a local disk and on an object store."""
 
 import json
+import os
+import signal
 
 import pyarrow as pa
 import pytest
 
 from delia.errors import StoreError
+from delia.store import tables
+from delia.store.directories import upload_directory
 from delia.store.tables import (
     FORMAT_VERSION,
     MANIFEST,
@@ -21,7 +25,6 @@ from delia.store.tables import (
     read_bytes,
     read_manifest,
     read_table,
-    upload_directory,
     write_bytes,
     write_table,
 )
@@ -158,6 +161,8 @@ def test_a_package_address_is_a_directory_inside_the_installed_package():
         (("/a/", "b", "c"), "/a/b/c"),
         (("s3://a", "b", ""), "s3://a/b"),
         (("a", ""), "a"),
+        (("s3://a/b?region=eu-west-1&scheme=http", "c"), "s3://a/b/c?region=eu-west-1&scheme=http"),
+        (("/is it?", "a"), "/is it?/a"),
     ],
 )
 def test_names_are_joined_by_one_slash_and_empty_ones_left_out(parts, joined):
@@ -200,3 +205,18 @@ def test_a_table_whose_writing_is_broken_off_is_not_there(address, error):
 
     assert not exists(path)
     assert "rows.parquet" not in list_names(address)
+
+
+def test_an_interrupt_while_an_object_is_sent_leaves_it_whole(object_store, tmp_path, monkeypatch):
+    object_store.create_bucket(Bucket="bucket")
+    path = f"s3://bucket/{tmp_path.name}/interrupted"
+
+    def send_interrupted(file, stream):
+        stream.write(file.read(9))
+        os.kill(os.getpid(), signal.SIGINT)
+        stream.write(file.read())
+
+    monkeypatch.setattr(tables.shutil, "copyfileobj", send_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_bytes(path, b"the whole text")
+    assert read_bytes(path) == b"the whole text"

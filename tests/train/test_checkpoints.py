@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from delia.store.tables import exists, join, read_bytes, upload_directory, write_bytes
+from delia.store.directories import upload_directory
+from delia.store.tables import exists, join, read_bytes, write_bytes
 from delia.train.checkpoints import find_damage, read_sealed_step, seal_checkpoint
 from delia.train.snapshot import SNAPSHOT, mend_snapshot
 

@@ -21,7 +21,8 @@ from delia.flow.table import compare, format_scores
 from delia.flow.verify import verify_export
 from delia.flow.workspace import Workspace
 from delia.schema import Split
-from delia.store.tables import join, upload_directory
+from delia.store.directories import upload_directory
+from delia.store.tables import join
 from delia.track.registry import ModelVersionInfo, fetch_adapter, get_version, get_version_by_alias
 from delia.track.runs import Tracker
 

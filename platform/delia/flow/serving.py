@@ -15,10 +15,11 @@ import ray
 
 from delia.flow.workspace import Workspace
 from delia.store.adapters import fetch_adapter, read_traits
+from delia.store.directories import upload_directory
 from delia.store.forms import Form, ServingForm, choose_form
 from delia.store.models import ModelConfig, place_model, resolve_model
 from delia.store.serving import KIND, identify_served, read_architecture, write_served
-from delia.store.tables import MANIFEST, is_finished, join, read_manifest, upload_directory, write_bytes
+from delia.store.tables import MANIFEST, is_finished, join, read_manifest, write_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,10 @@ from delia.flow.encoding import Encode, encode_here, encode_mixture, encode_on_r
 from delia.flow.workspace import Workspace
 from delia.mix.mixture import MixConfig, mix
 from delia.schema import Adapter, Mixture
+from delia.store.directories import upload_directory
 from delia.store.pools import Pool, index_rows
 from delia.store.scores import read_score_column
-from delia.store.tables import Manifest, commit, is_finished, read_manifest, upload_directory
+from delia.store.tables import Manifest, commit, is_finished, read_manifest
 from delia.train.building import TrainInput
 from delia.train.guards import check_template
 from delia.train.launch import LogMetrics, catch_termination, forward_log, run_training

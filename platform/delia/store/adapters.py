@@ -21,8 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from delia.errors import EngineError, StoreError
+from delia.store.directories import fetch_directory
 from delia.store.forms import EMBEDDING_LORA, AdapterTraits, choose_form
-from delia.store.tables import fetch_directory
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"

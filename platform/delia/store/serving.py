@@ -21,7 +21,7 @@ from delia.rng import hash_text
 from delia.store.adapters import CONFIG, EMBEDDING_ENDINGS, WEIGHTS, read_config, read_tensors, read_traits
 from delia.store.changes import WeightChange, read_changes
 from delia.store.forms import Form, ServingForm, choose_form, untied_architecture
-from delia.store.models import ModelConfig, identify_model
+from delia.store.models import TOKENIZER_FILES, ModelConfig, identify_model
 from delia.store.tables import MANIFEST, Manifest, commit, is_finished, read_manifest
 from delia.store.weights import HEAD, find_weights, keep_file, write_changed, write_tensors, write_text
 
@@ -30,10 +30,8 @@ FORMS: tuple[Form, ...] = ("lora", "patched_base", "merged")
 """From the lightest; an adapter that is served as one is served as all that follow."""
 MODEL_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+ADAPTER_KEY = "delia_adapter"
+"""In the config of a model: the hash of the adapter that was merged into it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +163,13 @@ def _write_model(
     )
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     _copy_files(adapter if has_tokenizer else base, output, TOKENIZER_FILES)
-    write_model_config(base, output, is_untied=bool(embeddings))
+    write_model_config(base, output, is_untied=bool(embeddings), adapter=hash_adapter(adapter))
     return counts
 
 
-def write_model_config(base: Path, output: Path, *, is_untied: bool, dtype: str | None = None) -> None:
+def write_model_config(
+    base: Path, output: Path, *, is_untied: bool, dtype: str | None = None, adapter: str | None = None
+) -> None:
     """Write the configs of a model that was made of a base.
 
     Args:
@@ -177,12 +177,14 @@ def write_model_config(base: Path, output: Path, *, is_untied: bool, dtype: str 
         output: The model's.
         is_untied: Whether its output head is no longer the input embedding.
         dtype: In which it is stored; None for the base's.
+        adapter: The hash of what was merged, which tells models apart that differ in a few rows (`identify_model`).
     """
     config = json.loads((base / MODEL_CONFIG).read_text(encoding="utf-8"))
     if is_untied:
         config["tie_word_embeddings"] = False
         config["architectures"] = [untied_architecture(read_architecture(base))]
     config |= {name: dtype for name in ("dtype", "torch_dtype") if dtype and name in config}
+    config |= {ADAPTER_KEY: adapter} if adapter else {}
     _copy_files(base, output, [GENERATION_CONFIG])
     write_text(output / MODEL_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -14,10 +14,11 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -28,7 +29,6 @@ from delia.errors import StoreError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PACKAGE_SCHEME = "package://"
-_fetched: dict[str, tempfile.TemporaryDirectory[str]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +83,15 @@ def _reading(address: str) -> Any:
     return _naming(address, "read", "see that it can be reached from here, or set another address")
 
 
-def _writing(address: str) -> Any:
+def writing(address: str) -> Any:
+    """Name the address and the way out where it can't be written; see `_naming`."""
     return _naming(address, "write", "free space there or allow writing, or set another output_dir")
 
 
 def join(address: str, *names: str) -> str:
-    """Append names to a path or a URI."""
-    return "/".join((address.rstrip("/"), *(name for name in names if name)))
+    """Append names to a path or a URI, before its options (`s3://bucket/runs?region=eu-west-1`)."""
+    place, mark, options = address.partition("?") if "://" in address else (address, "", "")
+    return "/".join((place.rstrip("/"), *(name for name in names if name))) + mark + options
 
 
 def exists(address: str) -> bool:
@@ -107,15 +109,16 @@ def _open_sink(address: str) -> Iterator[Any]:
         StoreError: It can't be written; nothing of it is left on a local disk.
     """
     filesystem, path = open_filesystem(address)
-    with _writing(address):
+    with writing(address):
         filesystem.create_dir(path.rpartition("/")[0], recursive=True)
         if not isinstance(filesystem, pafs.LocalFileSystem):
             with tempfile.TemporaryFile() as file:
                 yield file
                 file.seek(0)
-                # an object appears when its stream is closed, whatever has happened: all is there before it is opened
-                with filesystem.open_output_stream(path) as stream:
-                    shutil.copyfileobj(file, stream)
+                # an object appears when its stream is closed, whatever has happened: all is there before it is opened,
+                # and an interrupt, which only a process's first thread sees, waits until all is written
+                with ThreadPoolExecutor(1) as thread:
+                    thread.submit(_upload, file, filesystem, path).result()
             return
         partial = f"{path}.partial-{uuid.uuid4().hex}"  # a process id is not unique where hosts share a disk
         try:
@@ -126,6 +129,11 @@ def _open_sink(address: str) -> Iterator[Any]:
             os.replace(partial, path)
         finally:
             Path(partial).unlink(missing_ok=True)
+
+
+def _upload(file: IO[bytes], filesystem: pafs.FileSystem, path: str) -> None:
+    with filesystem.open_output_stream(path) as stream:
+        shutil.copyfileobj(file, stream)
 
 
 def write_bytes(address: str, data: bytes) -> None:
@@ -171,34 +179,6 @@ def read_bytes(address: str) -> bytes:
                 return bytes(stream.read())
         except FileNotFoundError as error:
             raise StoreError(f"no file at {address!r}") from error
-
-
-def upload_directory(directory: Path, address: str) -> None:
-    """Copy a local directory's files below an address; the caller commits what is complete."""
-    filesystem, path = open_filesystem(address)
-    with _writing(address):
-        filesystem.create_dir(path, recursive=True)
-        pafs.copy_files(str(directory), path, destination_filesystem=filesystem)
-
-
-def fetch_directory(address: str, *, kind: str) -> Path:
-    """Return a local directory with an address's files; a remote one is copied once a process.
-
-    Raises:
-        StoreError: Nothing is at the address, on this node.
-    """
-    filesystem, path = open_filesystem(address)
-    if filesystem.get_file_info(path).type != pafs.FileType.Directory:
-        raise StoreError(
-            f"no {kind} directory at {address!r} on this node; use storage that every node can read"
-        )
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        return Path(path)
-    if address not in _fetched:
-        folder = tempfile.TemporaryDirectory(prefix=f"delia-{kind}-")
-        pafs.copy_files(path, folder.name, source_filesystem=filesystem)
-        _fetched[address] = folder
-    return Path(_fetched[address].name)
 
 
 @contextmanager
