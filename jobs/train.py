@@ -24,7 +24,13 @@ def main() -> None:
         open_job(job.settings)
     elif job.preview is not None:
         is_coloured = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
-        preview_training(job.settings, num_rows=job.preview, is_coloured=is_coloured, say=print)
+        preview_training(
+            job.settings,
+            num_rows=job.preview,
+            is_coloured=is_coloured,
+            say=print,
+            allowed_modules=job.allowed_modules,
+        )
     else:
         train_adapter(job.settings, say=print, allowed_modules=job.allowed_modules)
 

@@ -5,11 +5,14 @@ A recipe is a function that returns complete settings. `--set a.b=value` overrid
 outside `delia` need an explicit permission, so a replayed file can't run arbitrary code.
 """
 
+import dataclasses
 import difflib
 import importlib
+import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import yaml
@@ -160,3 +163,20 @@ def build_method(config: MethodConfig, *, allowed_modules: tuple[str, ...] = ())
         return method(**config.knobs)
     except TypeError as error:
         raise ConfigError(f"method {config.method!r} refuses its knobs {config.knobs}: {error}") from error
+
+
+def describe_method(config: MethodConfig, method: Any) -> dict[str, Any]:
+    """Return what decides the results of a method that was built: all its knobs, and the text of another's module.
+
+    Defaults count, since another version may have others. Who develops a method changes its module; one of
+    `delia.methods` that comes to work otherwise gets another name or another knob.
+    """
+    knobs = config.knobs
+    if dataclasses.is_dataclass(method):
+        knobs = {item.name: getattr(method, item.name) for item in dataclasses.fields(method) if item.init}
+    module = importlib.import_module(type(method).__module__)
+    text = ""
+    if not module.__name__.startswith("delia."):
+        with suppress(OSError, TypeError):  # a compiled module has none
+            text = hash_text(inspect.getsource(module))
+    return {"method": config.method, "knobs": knobs, "text": text}

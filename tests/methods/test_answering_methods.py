@@ -105,6 +105,16 @@ def test_a_stride_visits_all_places(size):
     assert {index * choose_stride(size) % size for index in range(size)} == set(range(size))
 
 
+def test_the_order_in_which_attributes_are_written_changes_nothing(context, ask_first):
+    """Settings that differ in it have one fingerprint."""
+    attributes = {"topic": ("food", "money"), "person": ("a nurse", "a farmer", "a child")}
+    other = AttributeGrid(attributes=dict(reversed(attributes.items())))
+    for index in range(6):
+        assert ask_first(other, context, index) == ask_first(
+            AttributeGrid(attributes=attributes), context, index
+        )
+
+
 @pytest.mark.parametrize("attributes", [{}, {"topic": ()}])
 def test_a_grid_without_places_is_refused(attributes):
     with pytest.raises(TypeError, match="every attribute needs values"):

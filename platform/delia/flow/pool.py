@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from delia.config import FrozenConfig, fingerprint
-from delia.curate.overlap import digest_prompts, read_eval_rows
+from delia.config import FrozenConfig
+from delia.curate.overlap import read_eval_rows
 from delia.curate.settings import CurateConfig
 from delia.curate.stopping import StopConfig
 from delia.errors import ConfigError, PoolError
 from delia.flow.acceptance import Acceptance, AcceptanceLostError, host_acceptance
+from delia.flow.naming import name_pool
 from delia.flow.screening import Screeners, host_screeners
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
@@ -35,7 +36,6 @@ from delia.synthesize.pipeline import (
     StoredChunk,
     Synthesis,
     batch_imported,
-    digest_imported,
     plan_rounds,
     read_imports,
 )
@@ -57,27 +57,15 @@ class PoolConfig(FrozenConfig):
     stop: StopConfig = StopConfig()
 
 
-def pool_fingerprint(config: PoolConfig, space: Workspace) -> str:
-    """Return the name of the pool: everything that decides its rows, nothing that does not.
+def pool_fingerprint(config: PoolConfig, space: Workspace, *, allowed_modules: tuple[str, ...] = ()) -> str:
+    """Return the name of the pool: everything that decides its rows, nothing that does not (`flow.naming`).
 
     Raises:
+        ConfigError: See `name_pool`.
         TaskFileError: See `read_eval_rows` and `read_imports`.
     """
-    return _name_pool(
-        config, space, read_eval_rows(config.curate.decontaminate), read_imports(config.synthesize)
-    )
-
-
-def _name_pool(
-    config: PoolConfig, space: Workspace, eval_rows: Sequence[SeedTask], imports: Mapping[str, Imported]
-) -> str:
-    """Return the name of the pool; of files and sets of rows what they hold counts, not where they lie."""
-    settings = config.model_dump(mode="json", exclude={"curate": {"decontaminate", "num_screeners"}})
-    for source in settings["synthesize"]["sources"]:
-        if source["name"] in imports:
-            source["rows"] = digest_imported(imports[source["name"]])
-    digests = [digest_prompts(eval_rows)] if eval_rows else []
-    return fingerprint(settings, space.model_id, space.chat.template_hash, space.task.digest, *digests)
+    eval_rows, imports = read_eval_rows(config.curate.decontaminate), read_imports(config.synthesize)
+    return name_pool(config, space, eval_rows, imports, allowed_modules=allowed_modules)
 
 
 def build_pool(
@@ -107,7 +95,7 @@ def build_pool(
     """
     eval_rows = read_eval_rows(config.curate.decontaminate)
     imports = read_imports(config.synthesize)  # once: what names the pool is what goes into it
-    name = _name_pool(config, space, eval_rows, imports)
+    name = name_pool(config, space, eval_rows, imports, allowed_modules=allowed_modules)
     address = space.address("pools", name)
     if is_finished(address):
         return read_pool(address)

@@ -111,7 +111,14 @@ def train_adapter(config: AdaptConfig, *, say: Say, allowed_modules: tuple[str, 
     return adapter
 
 
-def preview_training(config: AdaptConfig, *, num_rows: int, is_coloured: bool, say: Say) -> None:
+def preview_training(
+    config: AdaptConfig,
+    *,
+    num_rows: int,
+    is_coloured: bool,
+    say: Say,
+    allowed_modules: tuple[str, ...] = (),
+) -> None:
     """Show what the recipe's adapter would be trained on: no Ray, no run, nothing generated or trained.
 
     Diverse rows are shown where the pool is finished; else those of the task alone, and that is said.
@@ -119,7 +126,9 @@ def preview_training(config: AdaptConfig, *, num_rows: int, is_coloured: bool, s
     space, mixed = open_job(config), config.arm
     pool = None
     if config.pool is not None:
-        address = space.address("pools", pool_fingerprint(config.pool, space))
+        address = space.address(
+            "pools", pool_fingerprint(config.pool, space, allowed_modules=allowed_modules)
+        )
         if is_finished(address):
             pool = read_pool(address)
         else:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 
 from delia.chat import ChatEncoder, load_chat
-from delia.config import build_method, fingerprint
+from delia.config import build_method, describe_method, fingerprint
 from delia.errors import ChatError, ConfigError, PoolError
 from delia.generate.attempts import Ask
 from delia.generate.engine import FAULTS, PROMPT_TOO_LONG, Completion, Request, SamplingConfig
@@ -75,16 +75,18 @@ class Dialogue:
             raise ConfigError(f"source {source.name!r} has no synthesizer")
         closed = tuple(row for name in source.feeds_on for row in self.closed[name])
         contents = ((row.task_id, row.phrasing, hash_messages(row.messages)) for row in self.seed_tasks)
-        texts = [self.long_instruction, *(text for content in contents for text in content)]
+        texts = [self.long_instruction, *self.tokens, *(text for content in contents for text in content)]
         if closed:
             texts.append(hash_text(*(row.leaf for row in closed)))
+        method = build_method(source.synthesizer, allowed_modules=self.allowed_modules)
         context = SynthesisContext(
             source=source.name,
             recipe=fingerprint(
-                source.synthesizer,
+                describe_method(source.synthesizer, method),
                 self.sampling,
                 str(self.max_length),
                 identify_model(self.model),
+                self.model.dtype,
                 chat.template_hash,
                 hash_text(*texts),
             ),
@@ -94,7 +96,7 @@ class Dialogue:
             long_instruction=self.long_instruction,
             closed=closed,
         )
-        return build_method(source.synthesizer, allowed_modules=self.allowed_modules), context
+        return method, context
 
     def check_opening(self, source: str, indices: Iterable[int]) -> None:
         """Hold that some candidate of a source can be asked for: what the template refuses of all is a setting's fault.

@@ -60,7 +60,9 @@ class AttributeGrid:
         size = math.prod(len(values) for values in self.attributes.values())
         place = index * choose_stride(size) % size
         chosen = {}
-        for name, values in self.attributes.items():
+        for name, values in sorted(
+            self.attributes.items()
+        ):  # settings that differ in their order are one recipe
             place, own = divmod(place, len(values))
             chosen[name] = values[own]
         return chosen
