@@ -13,9 +13,12 @@ from delia.config import MethodConfig
 from delia.curate.settings import CurateConfig
 from delia.errors import ConfigError
 from delia.flow.pool import PoolConfig, pool_fingerprint
+from delia.flow.trial import ArmConfig, plan_arm
 from delia.flow.workspace import Workspace
+from delia.mix.mixture import MixConfig
 from delia.store.models import ModelConfig
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
+from delia.train.settings import StageConfig, TrainConfig
 
 MAGPIE = "delia.methods.synthesizer.magpie.Magpie"
 OWN = """from dataclasses import dataclass
@@ -127,3 +130,17 @@ def test_a_teacher_that_is_the_base_is_refused_beside_it(opened: Workspace, weig
 
     change_last_tensor(weights)
     assert pool_fingerprint(PoolConfig(synthesize=SynthesizeConfig(sources=sources)), opened)
+
+
+def test_who_changes_the_text_of_a_weighter_gets_another_adapter(opened: Workspace, own_module: Path):
+    def name() -> str:
+        train = TrainConfig(
+            stages=(StageConfig(max_steps=1),), token_weighter=MethodConfig(method=f"{own_module.stem}.Own")
+        )
+        arm = ArmConfig(mix=MixConfig(diverse_ratio=0.0), train=train)
+        return plan_arm(arm, opened, None, allowed_modules=(own_module.stem,)).fingerprint
+
+    before = name()
+    assert name() == before
+    own_module.write_text(OWN.replace("question", "hard question"))
+    assert name() != before

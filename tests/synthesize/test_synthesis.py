@@ -198,7 +198,7 @@ def test_a_row_id_is_the_hash_of_its_recipe_and_its_index(local_stage, tmp_path)
 
 
 def test_whatever_decides_the_text_changes_the_recipe(tmp_path):
-    """A knob, sampling, model, dtype, declared token, long instruction, seed text, phrasing, seed id: none of them alike."""
+    """A knob, sampling, model, dtype, declared token, long instruction, seed text, phrasing, seed id: no two alike."""
     weights = tmp_path / "weights"
     shutil.copytree(Path("platform/delia/starter/weights").resolve(), weights)
     config = weights / "config.json"

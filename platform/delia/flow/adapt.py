@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from delia.config import FrozenConfig, dump_yaml, fingerprint, flatten
 from delia.evaluate.harness import BASE, EvalReport, EvaluateConfig
@@ -120,9 +121,8 @@ def adapt(
         run.log_text(dump_yaml(config), "config.yaml")
         progress.log = run.log_metrics
         pool = _build_pool_stage(config, space, tracker, run, progress, allowed_modules)
-        arms = {
-            name: plan_arm(arm, space, pool) for name, arm in {**config.baselines, MAIN: config.arm}.items()
-        }
+        plan = partial(plan_arm, space=space, pool=pool, allowed_modules=allowed_modules)
+        arms = {name: plan(arm) for name, arm in {**config.baselines, MAIN: config.arm}.items()}
         adapters = _train_stage(config, space, pool, arms, tracker, run, progress, allowed_modules)
         rows = space.task.rows_by_split[config.split]
         with progress.stage("evaluate", f"{len(arms) + 1} models x {len(rows)} {config.split} rows"):

@@ -87,7 +87,7 @@ def _train(
     config: AdaptConfig, space: Workspace, run: Run, say: Say, allowed_modules: tuple[str, ...]
 ) -> tuple[Arm, Adapter]:
     pool = make_pool(config, space, run, allowed_modules=allowed_modules)
-    arm = plan_arm(config.arm, space, pool)
+    arm = plan_arm(config.arm, space, pool, allowed_modules=allowed_modules)
     say(f"train: {len(arm.mixture.row_ids)} rows, {config.arm.train.max_steps} steps")
     adapters = train_arms(
         {MAIN: arm},
@@ -136,7 +136,8 @@ def preview_training(
             mixed = config.arm.model_copy(
                 update={"mix": config.arm.mix.model_copy(update={"diverse_ratio": 0.0})}
             )
-    task, counts = build_input(plan_arm(mixed, space, pool), space, pool)
+    arm = plan_arm(mixed, space, pool, allowed_modules=allowed_modules)
+    task, counts = build_input(arm, space, pool)
     backend = space.chat.table.backend
     lines = preview_rows(
         task.rows,

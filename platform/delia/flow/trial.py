@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 
 from delia.chat import save_tokenizer
-from delia.config import FrozenConfig, fingerprint
+from delia.config import FrozenConfig, build_method, describe_method, fingerprint
 from delia.errors import DeliaError, StoppedError
 from delia.flow.encoding import Encode, encode_here, encode_mixture, encode_on_ray
 from delia.flow.workspace import Workspace
@@ -46,10 +47,13 @@ class Arm:
     address: str
 
 
-def plan_arm(config: ArmConfig, space: Workspace, pool: Pool | None) -> Arm:
+def plan_arm(
+    config: ArmConfig, space: Workspace, pool: Pool | None, *, allowed_modules: tuple[str, ...] = ()
+) -> Arm:
     """Draw the mixture and name the adapter.
 
     Raises:
+        ConfigError: A research method can't be built.
         MixtureError: The pool can't supply the ratio.
         TrainError: The pool is of another template.
     """
@@ -65,7 +69,10 @@ def plan_arm(config: ArmConfig, space: Workspace, pool: Pool | None) -> Arm:
     )
     loaded = f"{space.model.dtype} {space.model.attention} {space.model.quantisation}"
     scores = config.train.row_scores
-    parts = [space.model_id, loaded, space.chat.template_hash, mixture.root]
+    parts: list[str | dict[str, Any]] = [space.model_id, loaded, space.chat.template_hash, mixture.root]
+    for method in (config.train.token_weighter, config.train.parameter_mask, config.train.input_corruption):
+        if method is not None:
+            parts.append(describe_method(method, build_method(method, allowed_modules=allowed_modules)))
     if scores is not None:  # a table is named by its address, which says nothing of what is in it
         parts += [
             f"{row_id} {score!r}"
