@@ -203,6 +203,8 @@ def test_whatever_decides_the_text_changes_the_recipe(tmp_path):
     shutil.copytree(Path("platform/delia/starter/weights").resolve(), weights)
     config = weights / "config.json"
     config.write_text(config.read_text() + "\n")
+    method = MethodConfig(method="delia.methods.synthesizer.rewriting.Rewriting")
+    rewriting = SourceConfig(name="rewriting", synthesizer=method, num_rows=10)
     other_text = (Message(role="user", content="say cat in lingo"), SEED.messages[1])
     recipes = [
         find_recipe(make_config()),
@@ -210,12 +212,13 @@ def test_whatever_decides_the_text_changes_the_recipe(tmp_path):
         find_recipe(make_config(max_tokens=17)),
         find_recipe(make_config(), model=ModelConfig(path=str(weights))),
         find_recipe(make_config(), max_length=511),
-        find_recipe(make_config(), long_instruction="at length"),
-        find_recipe(make_config(), seed_tasks=(dataclasses.replace(SEED, messages=other_text),)),
-        find_recipe(make_config(), seed_tasks=(dataclasses.replace(SEED, phrasing="fox"),)),
-        find_recipe(make_config(), seed_tasks=(dataclasses.replace(SEED, task_id="t1"),)),
-        find_recipe(make_config(), seed_tasks=()),
-        find_recipe(make_config(), tokens=("<sep>",)),
+        find_recipe(make_config(rewriting)),
+        find_recipe(make_config(rewriting), long_instruction="at length"),
+        find_recipe(make_config(rewriting), seed_tasks=(dataclasses.replace(SEED, messages=other_text),)),
+        find_recipe(make_config(rewriting), seed_tasks=(dataclasses.replace(SEED, phrasing="fox"),)),
+        find_recipe(make_config(rewriting), seed_tasks=(dataclasses.replace(SEED, task_id="t1"),)),
+        find_recipe(make_config(rewriting), seed_tasks=()),
+        find_recipe(make_config(rewriting), tokens=("<sep>",)),
         find_recipe(make_config(), model=STARTER.model_copy(update={"dtype": "bfloat16"})),
     ]
 
@@ -226,6 +229,15 @@ def test_what_decides_no_text_leaves_the_recipe_as_it_is():
     other = make_config(make_source("self", num_rows=99, max_candidates=100), chunk_size=64)
 
     assert find_recipe(other) == find_recipe(make_config())
+
+
+def test_the_task_decides_nothing_of_a_method_that_is_not_given_it():
+    """A corrected row of a task does not cost its user the diverse pool."""
+    fields = {"seed_tasks": (), "long_instruction": "at length", "tokens": ("<sep>",)}
+    assert find_recipe(make_config(), **fields) == find_recipe(make_config())
+    dialogue = make_dialogue(make_config(), long_instruction="at length", tokens=("<sep>",))
+    _, context = dialogue.part("magpie")
+    assert (context.seed_tasks, context.long_instruction, context.token) == ((), "", "")
 
 
 def test_rows_and_rejections_carry_their_source_their_reason_and_their_cost(local_stage, tmp_path):

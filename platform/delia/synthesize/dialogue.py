@@ -73,12 +73,17 @@ class Dialogue:
     def _build_part(self, source: SourceConfig, chat: ChatEncoder) -> tuple[Synthesizer, SynthesisContext]:
         if source.synthesizer is None:
             raise ConfigError(f"source {source.name!r} has no synthesizer")
+        method = build_method(source.synthesizer, allowed_modules=self.allowed_modules)
         closed = tuple(row for name in source.feeds_on for row in self.closed[name])
-        contents = ((row.task_id, row.phrasing, hash_messages(row.messages)) for row in self.seed_tasks)
-        texts = [self.long_instruction, *self.tokens, *(text for content in contents for text in content)]
+        # what a method does not read is kept from it, and decides nothing
+        reads_task = getattr(method, "reads_task", True)
+        seed_tasks = self.seed_tasks if reads_task else ()
+        long_instruction = self.long_instruction if reads_task else ""
+        tokens = self.tokens if reads_task else ()
+        contents = ((row.task_id, row.phrasing, hash_messages(row.messages)) for row in seed_tasks)
+        texts = [long_instruction, *tokens, *(text for content in contents for text in content)]
         if closed:
             texts.append(hash_text(*(row.leaf for row in closed)))
-        method = build_method(source.synthesizer, allowed_modules=self.allowed_modules)
         context = SynthesisContext(
             source=source.name,
             recipe=fingerprint(
@@ -91,9 +96,9 @@ class Dialogue:
                 hash_text(*texts),
             ),
             chat=chat,
-            seed_tasks=self.seed_tasks,
-            token=next(iter(self.tokens), ""),
-            long_instruction=self.long_instruction,
+            seed_tasks=seed_tasks,
+            token=next(iter(tokens), ""),
+            long_instruction=long_instruction,
             closed=closed,
         )
         return method, context

@@ -116,7 +116,11 @@ class SynthesisContext:
 
 
 class Synthesizer(Protocol):
-    """A method of synthesis; a frozen value whose fields are its knobs."""
+    """A method of synthesis; a frozen value whose fields are its knobs.
+
+    One that needs nothing of the task has the class variable `reads_task` = False: its context is without the task's
+    rows, token and long instruction, and its candidates are found again when those have changed.
+    """
 
     def __call__(
         self, context: SynthesisContext, index: int, completions: Sequence[Completion]

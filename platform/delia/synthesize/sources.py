@@ -40,7 +40,7 @@ class SourceConfig(FrozenConfig):
 
 
 class SynthesizeConfig(FrozenConfig):
-    """What is synthesised; `chunk_size` candidates are generated and kept at a time.
+    """What is synthesised; `chunk_size` candidates are generated and kept at a time, and found again by the same size.
 
     Ray Data keeps some 12 kB of every chunk in the driver: a pool of millions of rows wants chunks of thousands.
 

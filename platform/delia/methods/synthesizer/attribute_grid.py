@@ -9,6 +9,7 @@ before any comes again, so that a short pool is spread over the whole grid.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from delia.generate.engine import Completion, Request
 from delia.schema import Message, Rejection, Row
@@ -31,6 +32,8 @@ def choose_stride(size: int) -> int:
 @dataclass(frozen=True, kw_only=True)
 class AttributeGrid:
     """`attributes` are names with their values; `request` is asked for each combination."""
+
+    reads_task: ClassVar[bool] = False
 
     request: str = "Write one instruction for an assistant, and nothing else."
     attributes: Mapping[str, Sequence[str]] = field(default_factory=lambda: dict(ATTRIBUTES))

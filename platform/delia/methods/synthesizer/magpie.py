@@ -8,6 +8,7 @@ sampled at T=1 by the model that will be tuned, so that the score identity of DE
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from delia.generate.engine import Completion, Request
 from delia.schema import Message, Rejection, Row
@@ -21,6 +22,8 @@ class Magpie:
     `answered_by` is the address of an adapter that answers instead of the base: the control "foreign
     answers", for which DELIA's argument does not hold.
     """
+
+    reads_task: ClassVar[bool] = False
 
     system: str | None = None
     answered_by: str = ""
