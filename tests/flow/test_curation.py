@@ -22,7 +22,7 @@ from delia.store.candidates import to_candidate_table
 from delia.store.models import ModelConfig
 from delia.store.pools import Pool, read_rejections
 from delia.store.scores import read_scores
-from delia.store.tables import is_finished, write_table
+from delia.store.tables import write_table
 from delia.synthesize.dialogue import Dialogue
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
@@ -230,4 +230,4 @@ def test_a_setting_that_names_nothing_is_refused_before_anything_is_generated(sp
 
     with pytest.raises(ConfigError, match=reason):
         curate(space, config)
-    assert not is_finished(space.address("pools", pool_fingerprint(config, space)))
+    assert not Path(space.output_dir, "pools").exists()

@@ -45,7 +45,7 @@ def write_rows(path: Path, *questions: str) -> TaskConfig:
 
 @pytest.fixture
 def web_source(make_config) -> SourceConfig:
-    return make_config().synthesize.sources[0]
+    return make_config(max_candidates=400).synthesize.sources[0]
 
 
 def test_a_source_feeds_on_the_accepted_rows_of_a_closed_one(space, local_stage, build, web_source):
