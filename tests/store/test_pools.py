@@ -1,6 +1,7 @@
 """Pools and chunks of candidates: round trips, order, and what a reader refuses."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -257,15 +258,23 @@ def test_a_changed_candidate_is_seen(tmp_path: Path):
 def test_what_candidates_cost_is_summed_and_is_no_part_of_them(tmp_path: Path):
     candidates = [ROWS[0], REJECTIONS[0]]
     table = to_candidate_table(candidates)
-    columns = {"spent_prompt_tokens": [3, 4], "spent_output_tokens": [5, 6], "engine_seconds": [0.25, 0.5]}
+    columns = {
+        "spent_prompt_tokens": [3, 4],
+        "spent_output_tokens": [5, 6],
+        "engine_seconds": [0.25, 0.5],
+        "device_seconds": [2.0, 4.0],
+    }
     for name, values in columns.items():
         table = table.append_column(name, [values])
     write_table(f"{tmp_path}/chunk.parquet", table)
 
     stored = read_table(f"{tmp_path}/chunk.parquet")
-    assert sum_cost(stored) == Cost(prompt_tokens=7, output_tokens=11, engine_seconds=0.75)
+    total = Cost(prompt_tokens=7, output_tokens=11, engine_seconds=0.75, device_seconds=6.0)
+    assert sum_cost(stored) == total
     assert from_candidate_table(stored) == candidates
     assert sum_cost(to_candidate_table(candidates)) == Cost()
+    unknown = sum_cost(stored.drop_columns("device_seconds")) + total
+    assert (unknown.engine_seconds, math.isnan(unknown.device_seconds)) == (1.5, True)
 
 
 def test_a_chunk_that_is_not_there_is_an_error(tmp_path: Path):

@@ -170,7 +170,7 @@ def _make_pool(
                 _Round(config, space, sources, acceptance, screeners, log).run(
                     imports, engine=engine, allowed_modules=allowed_modules
                 )
-        return acceptance.write(space.address("pools", name), fingerprint=name, engine=engine)
+        return acceptance.write(space.address("pools", name), fingerprint=name)
 
 
 @dataclass

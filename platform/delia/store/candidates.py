@@ -5,6 +5,7 @@
 A row's leaf stands beside it and is computed again whenever a table is read, so a changed text is seen.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,7 @@ COST_SCHEMA = pa.schema(
         ("spent_prompt_tokens", pa.int64()),
         ("spent_output_tokens", pa.int64()),
         ("engine_seconds", pa.float64()),
+        ("device_seconds", pa.float64()),
     ]
 )
 """What a candidate cost in all its turns; stands beside it, and is no part of what it is."""
@@ -85,11 +87,16 @@ def _read_rows(records: Iterable[Mapping[str, Any]], *, address: str) -> tuple[R
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What was spent; candidates that were rejected or never looked at are in it too."""
+    """What was spent; candidates that were rejected or never looked at are in it too.
+
+    `device_seconds` are the engine's times the GPUs of its replica, or its CPUs where it has none; NaN where a part of
+    them is not known.
+    """
 
     prompt_tokens: int = 0
     output_tokens: int = 0
     engine_seconds: float = 0.0
+    device_seconds: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
         """Return both together."""
@@ -97,6 +104,7 @@ class Cost:
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             output_tokens=self.output_tokens + other.output_tokens,
             engine_seconds=self.engine_seconds + other.engine_seconds,
+            device_seconds=self.device_seconds + other.device_seconds,
         )
 
 
@@ -142,9 +150,19 @@ def from_candidate_table(table: pa.Table, *, address: str = "") -> list[Candidat
 
 
 def sum_cost(table: pa.Table) -> Cost:
-    """Return what the candidates of a table cost; nothing where its columns are missing."""
-    sums = [
-        compute.sum(table[name]).as_py() or 0 if name in table.column_names else 0
+    """Return what the candidates of a table cost; nothing where its columns are missing.
+
+    Candidates that have an engine's seconds alone were stored without saying what devices it had.
+    """
+    sums = {
+        name: compute.sum(table[name]).as_py() or 0
         for name in COST_SCHEMA.names
-    ]
-    return Cost(prompt_tokens=int(sums[0]), output_tokens=int(sums[1]), engine_seconds=float(sums[2]))
+        if name in table.column_names
+    }
+    engine_seconds = float(sums.get("engine_seconds", 0))
+    return Cost(
+        prompt_tokens=sums.get("spent_prompt_tokens", 0),
+        output_tokens=sums.get("spent_output_tokens", 0),
+        engine_seconds=engine_seconds,
+        device_seconds=float(sums.get("device_seconds", math.nan if engine_seconds else 0)),
+    )
