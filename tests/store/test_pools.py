@@ -116,6 +116,15 @@ def test_a_pool_without_rows_or_rejections_is_a_pool(tmp_path: Path):
     assert read_pool(address).manifest.counts == {"accepted": 0}
 
 
+def test_a_pool_and_a_chunk_that_have_no_column_of_licences_are_read(address: str):
+    path = f"{address}/rows.parquet"
+    older = read_table(path).drop_columns("licence")
+    write_table(path, older)
+
+    assert read_pool(address).rows == tuple(ROWS)
+    assert from_candidate_table(older.append_column("reason", [[None] * 3])) == ROWS
+
+
 def set_answer(records: list[dict], text: str) -> list[dict]:
     records[1]["messages"][2]["content"] = text
     return records

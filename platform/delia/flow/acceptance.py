@@ -34,6 +34,7 @@ from delia.store.candidates import (
     Cost,
     from_rejection_table,
     from_row_table,
+    list_licences,
     to_rejection_table,
     to_row_table,
 )
@@ -206,7 +207,11 @@ class Acceptance:
         rows = Chain(tuple(source.rows for source in sources))
         details, metrics = self._curation.describe(rows, num_rows)
         ledger = account(self._cost, num_rows)
-        details |= {"template_hash": self._space.chat.template_hash, "cost": ledger}
+        details |= {
+            "template_hash": self._space.chat.template_hash,
+            "cost": ledger,
+            "licences": {name: list_licences(self._sources[name].rows) for name in sorted(self._sources)},
+        }
         self._curation.score(address, rows)
         write_pool(
             address,

@@ -28,10 +28,10 @@ from delia.generate.engine import EngineConfig
 from delia.schema import SeedTask
 from delia.store.pools import Pool, read_pool
 from delia.store.tables import is_finished, leave_mark
+from delia.store.tasks import Imported
 from delia.synthesize.dialogue import Dialogue
 from delia.synthesize.pipeline import (
     Batch,
-    Imported,
     StoredChunk,
     Synthesis,
     batch_imported,

@@ -29,6 +29,7 @@ ROW_SCHEMA = pa.schema(
         ("num_prompt_tokens", pa.int64()),
         ("num_output_tokens", pa.int64()),
         ("leaf", pa.string()),
+        ("licence", pa.string()),
     ]
 )
 REJECTION_SCHEMA = pa.schema(
@@ -64,8 +65,9 @@ def _to_record(candidate: Candidate) -> dict[str, Any]:
 
 
 def _to_row(record: Mapping[str, Any]) -> Row:
-    fields = {name: record[name] for name in ROW_SCHEMA.names if name not in ("messages", "leaf")}
-    return Row(messages=tuple(Message(**turn) for turn in record["messages"]), **fields)
+    # a file without the column of licences is read too
+    fields = {name: record[name] for name in Row.__slots__ if name in record}
+    return Row(**fields | {"messages": tuple(Message(**turn) for turn in record["messages"])})
 
 
 def _to_rejection(record: Mapping[str, Any]) -> Rejection:
@@ -122,6 +124,11 @@ def to_row_table(rows: Sequence[Row]) -> pa.Table:
 def to_rejection_table(rejections: Sequence[Rejection]) -> pa.Table:
     """Return rejections as columns of `REJECTION_SCHEMA`, in their order."""
     return pa.Table.from_pylist([_to_record(item) for item in rejections], schema=REJECTION_SCHEMA)
+
+
+def list_licences(tables: Iterable[pa.Table]) -> list[str]:
+    """Return what the rows of tables of `ROW_SCHEMA` state as their licences, each once, sorted."""
+    return sorted({name for table in tables for name in table["licence"].unique().to_pylist()} - {""})
 
 
 def from_row_table(table: pa.Table, *, address: str = "") -> tuple[Row, ...]:
