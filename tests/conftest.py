@@ -55,10 +55,8 @@ class LocalStage:
         end_ids: Sequence[int],
         skip: Collection[str] = (),
     ) -> Iterator[Any]:
-        import pyarrow as pa  # late, as all of this platform: an import of `delia` may be under test
-
-        from delia.generate.engine import build_engine
-        from delia.generate.pipeline import ENGINE_SECONDS, SOURCE
+        from delia.generate.engine import build_engine  # late: an import of `delia` may be under test
+        from delia.generate.pipeline import SOURCE, add_seconds
         from delia.rng import make_random
 
         sent = pickle.loads(pickle.dumps(script))  # as to an actor
@@ -75,7 +73,7 @@ class LocalStage:
             if SOURCE in block.column_names and block[SOURCE][0].as_py() in skip:
                 continue
             table = sent(block, ask)
-            yield table.append_column(ENGINE_SECONDS, pa.array([0.5] * table.num_rows, pa.float64()))
+            yield add_seconds(table, 0.5 * table.num_rows, engine)
 
 
 @pytest.fixture

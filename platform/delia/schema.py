@@ -90,6 +90,8 @@ class Row:
     finish_reason: str = "stop"
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
+    licence: str = ""
+    """That of an imported row; what is generated states none."""
 
     @property
     def instruction(self) -> str:

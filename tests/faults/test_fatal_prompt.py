@@ -43,9 +43,8 @@ def collect(engine: EngineConfig, *, fatal: bool) -> dict[str, dict[str, object]
         sampling=SamplingConfig(max_tokens=8),
         end_ids=(2,),
     )
-    return {
-        row["request_id"]: row for table in tables for row in table.drop_columns("engine_seconds").to_pylist()
-    }
+    seconds = ["engine_seconds", "device_seconds"]
+    return {row["request_id"]: row for table in tables for row in table.drop_columns(seconds).to_pylist()}
 
 
 def test_a_fatal_prompt_is_given_up_and_nothing_else_is_lost(cluster):

@@ -25,7 +25,7 @@ def read_outcomes(config):
     """Return the prompts of rows, and the messages of what is none."""
     return [
         str(item) if isinstance(item, TaskFileError) else item.prompt[-1].content
-        for item in read_import(config)
+        for item in read_import(config).items
     ]
 
 
@@ -98,6 +98,24 @@ def test_columns_that_no_row_has_are_refused_with_the_first_error(tmp_path, colu
 
     with pytest.raises(TaskFileError, match=reason):
         read_import(config.model_copy(update={"columns": columns}))
+
+
+def test_rows_that_state_no_licence_have_that_of_the_settings_else_of_the_header(tmp_path):
+    write_lines(tmp_path / "train.jsonl", make_chat("a", licence="CC0"), make_chat("b"))
+    (tmp_path / "task.yaml").write_text("licence: MIT")
+    directory = TaskConfig(path=str(tmp_path))
+    imported = read_import(directory)
+
+    assert imported.licence == "MIT"
+    assert [item.licence for item in imported.items] == ["CC0", ""]
+    assert read_import(directory.model_copy(update={"licence": "cc-by-4.0"})).licence == "cc-by-4.0"
+
+
+def test_a_licence_that_is_no_text_is_refused(tmp_path):
+    config = write_lines(tmp_path / "rows.jsonl", make_chat("a")).model_copy(update={"licence": "\ud800"})
+
+    with pytest.raises(TaskFileError, match=r"rows\.jsonl: the licence of .* lone surrogate"):
+        read_import(config)
 
 
 def test_ids_and_splits_of_foreign_rows_cost_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """Pools and chunks of candidates: round trips, order, and what a reader refuses."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +114,15 @@ def test_a_pool_without_rows_or_rejections_is_a_pool(tmp_path: Path):
     assert read_pool(address).rows == ()
     assert read_rejections(address) == []
     assert read_pool(address).manifest.counts == {"accepted": 0}
+
+
+def test_a_pool_and_a_chunk_that_have_no_column_of_licences_are_read(address: str):
+    path = f"{address}/rows.parquet"
+    older = read_table(path).drop_columns("licence")
+    write_table(path, older)
+
+    assert read_pool(address).rows == tuple(ROWS)
+    assert from_candidate_table(older.append_column("reason", [[None] * 3])) == ROWS
 
 
 def set_answer(records: list[dict], text: str) -> list[dict]:
@@ -257,15 +267,23 @@ def test_a_changed_candidate_is_seen(tmp_path: Path):
 def test_what_candidates_cost_is_summed_and_is_no_part_of_them(tmp_path: Path):
     candidates = [ROWS[0], REJECTIONS[0]]
     table = to_candidate_table(candidates)
-    columns = {"spent_prompt_tokens": [3, 4], "spent_output_tokens": [5, 6], "engine_seconds": [0.25, 0.5]}
+    columns = {
+        "spent_prompt_tokens": [3, 4],
+        "spent_output_tokens": [5, 6],
+        "engine_seconds": [0.25, 0.5],
+        "device_seconds": [2.0, 4.0],
+    }
     for name, values in columns.items():
         table = table.append_column(name, [values])
     write_table(f"{tmp_path}/chunk.parquet", table)
 
     stored = read_table(f"{tmp_path}/chunk.parquet")
-    assert sum_cost(stored) == Cost(prompt_tokens=7, output_tokens=11, engine_seconds=0.75)
+    total = Cost(prompt_tokens=7, output_tokens=11, engine_seconds=0.75, device_seconds=6.0)
+    assert sum_cost(stored) == total
     assert from_candidate_table(stored) == candidates
     assert sum_cost(to_candidate_table(candidates)) == Cost()
+    unknown = sum_cost(stored.drop_columns("device_seconds")) + total
+    assert (unknown.engine_seconds, math.isnan(unknown.device_seconds)) == (1.5, True)
 
 
 def test_a_chunk_that_is_not_there_is_an_error(tmp_path: Path):

@@ -27,7 +27,6 @@ from delia.flow.placement import spread
 from delia.flow.screening import Screenings, describe_other_directory, read_candidates
 from delia.flow.workspace import Workspace
 from delia.generate.calls import call
-from delia.generate.engine import EngineConfig
 from delia.schema import Rejection, Row, SeedTask
 from delia.store.candidates import (
     REJECTION_SCHEMA,
@@ -35,6 +34,7 @@ from delia.store.candidates import (
     Cost,
     from_rejection_table,
     from_row_table,
+    list_licences,
     to_rejection_table,
     to_row_table,
 )
@@ -195,9 +195,7 @@ class Acceptance:
         """Return the accepted rows of a closed source: what later ones may feed on."""
         return tuple(row for table in self._sources[source].rows for row in from_row_table(table))
 
-    def write(
-        self, address: str, *, fingerprint: str, engine: EngineConfig | None
-    ) -> tuple[dict[str, float], int]:
+    def write(self, address: str, *, fingerprint: str) -> tuple[dict[str, float], int]:
         """Write and commit the pool; return what its diversity and its rows cost, and the number of candidates.
 
         Raises:
@@ -208,8 +206,12 @@ class Acceptance:
         sources = [self._sources[name] for name in sorted(self._sources)]
         rows = Chain(tuple(source.rows for source in sources))
         details, metrics = self._curation.describe(rows, num_rows)
-        ledger = account(self._cost, num_rows, engine)
-        details |= {"template_hash": self._space.chat.template_hash, "cost": ledger}
+        ledger = account(self._cost, num_rows)
+        details |= {
+            "template_hash": self._space.chat.template_hash,
+            "cost": ledger,
+            "licences": {name: list_licences(self._sources[name].rows) for name in sorted(self._sources)},
+        }
         self._curation.score(address, rows)
         write_pool(
             address,

@@ -22,7 +22,7 @@ from delia.generate.engine import EngineConfig
 from delia.schema import Adapter, Split
 from delia.store.adapters import fetch_adapter
 from delia.store.models import ModelConfig
-from delia.store.pools import Pool
+from delia.store.pools import Pool, join_licences
 from delia.store.tables import join
 from delia.store.tasks import TaskConfig, read_task
 from delia.track.registry import ModelVersionInfo, register_adapter, set_alias
@@ -140,7 +140,7 @@ def adapt(
             )
             _log_scores(config, tracker, run, reports, drift)
         with progress.stage("verify", "HF + PEFT against vLLM"):
-            verification = verify_export(
+            verified = verify_export(
                 adapters[MAIN].path,
                 reports[MAIN],
                 rows,
@@ -149,8 +149,8 @@ def adapt(
                 max_tokens=config.evaluate.max_tokens,
             )
         with progress.stage("register"):
-            version = _register(config, space, tracker, run, adapters[MAIN], reports[MAIN], verification)
-    return AdaptResult(adapters, reports, drift, verification, version, run.run_id, progress.seconds)
+            version = _register(config, space, pool, tracker, run, adapters[MAIN], reports[MAIN], verified)
+    return AdaptResult(adapters, reports, drift, verified, version, run.run_id, progress.seconds)
 
 
 def _build_pool_stage(
@@ -272,6 +272,7 @@ def log_report(run: Run, report: EvalReport, drift: float | None) -> None:
 def _register(
     config: AdaptConfig,
     space: Workspace,
+    pool: Pool | None,
     tracker: Tracker,
     run: Run,
     adapter: Adapter,
@@ -286,15 +287,14 @@ def _register(
         "delia.mixture_root": adapter.mixture_root,
         "delia.adapter_fingerprint": adapter.fingerprint,
         "delia.task_digest": space.task.digest,
-        "delia.licence": space.task.licence,
+        "delia.licence": join_licences(space.task, pool),
         "delia.split": config.split,
         "delia.form": verification.form,
         "delia.verified": f"{verification.num_equal}/{verification.num_prompts} equal greedy completions,"
         f" {verification.mean_gap_nats:.1e} nats a token apart in {verification.dtype}",
     }
     for suite in report.suite_names():
-        metric = space.task.metrics[0]
-        tags[f"delia.score.{suite}"] = f"{report.interval(suite, metric).estimate:.4f}"
+        tags[f"delia.score.{suite}"] = f"{report.interval(suite, space.task.metrics[0]).estimate:.4f}"
     version = register_adapter(tracker, run, fetch_adapter(adapter.path), name=name, tags=tags)
     set_alias(tracker, version.name, CANDIDATE_ALIAS, version.version)
     return version

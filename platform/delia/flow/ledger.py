@@ -1,9 +1,9 @@
 """What a pool cost: tokens and time, of all its candidates and for each row that was accepted."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from delia.generate.engine import EngineConfig
 from delia.store.candidates import Cost
 
 LOGGED = (
@@ -16,16 +16,12 @@ LOGGED = (
 """Logged at the pool's end; tokens and the engine's seconds were logged as they were spent."""
 
 
-def account(cost: Cost, num_rows: int, engine: EngineConfig | None) -> dict[str, float]:
+def account(cost: Cost, num_rows: int) -> dict[str, float]:
     """Return the ledger of a pool: what was spent, rejected rows included, in all and for each row.
 
-    `device_seconds` are the engine's times the GPUs of a replica, or its CPUs where it has none; unknown,
-    and left out, where nothing was generated.
+    Device seconds that are not known are left out.
     """
-    ledger = {name: float(value) for name, value in asdict(cost).items()}
-    if engine is not None:
-        num_devices = engine.num_gpus_per_replica or engine.num_cpus_per_replica
-        ledger["device_seconds"] = cost.engine_seconds * num_devices
+    ledger = {name: float(value) for name, value in asdict(cost).items() if not math.isnan(value)}
     return ledger | {f"{name}_per_row": value / max(1, num_rows) for name, value in ledger.items()}
 
 

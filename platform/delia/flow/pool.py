@@ -29,10 +29,10 @@ from delia.generate.engine import EngineConfig
 from delia.schema import SeedTask
 from delia.store.pools import Pool, read_pool
 from delia.store.tables import is_finished, leave_mark
+from delia.store.tasks import Imported
 from delia.synthesize.dialogue import Dialogue
 from delia.synthesize.pipeline import (
     Batch,
-    Imported,
     StoredChunk,
     Synthesis,
     batch_imported,
@@ -158,7 +158,7 @@ def _make_pool(
                 _Round(config, space, sources, acceptance, screeners, log).run(
                     imports, engine=engine, allowed_modules=allowed_modules
                 )
-        return acceptance.write(space.address("pools", name), fingerprint=name, engine=engine)
+        return acceptance.write(space.address("pools", name), fingerprint=name)
 
 
 @dataclass

@@ -105,6 +105,11 @@ class EngineConfig(FrozenConfig):
     cpu_kv_cache_gib: int = 1
     scripted: ScriptedConfig = ScriptedConfig()
 
+    @property
+    def num_devices(self) -> float:
+        """Return the GPUs of a replica, or its CPUs where it has none."""
+        return self.num_gpus_per_replica or self.num_cpus_per_replica
+
     @model_validator(mode="after")
     def _give_each_shard_a_device(self) -> Self:
         size, num_gpus = self.tensor_parallel_size, self.num_gpus_per_replica

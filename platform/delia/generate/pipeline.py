@@ -9,10 +9,9 @@ number of replicas or on the order.
 
 import os
 import sys
-import threading
-import time
 from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import fields
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,6 +24,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from delia.errors import DeliaError, EngineError
 from delia.generate.attempts import Ask, AttemptLog, CarefulEngine
 from delia.generate.calls import call
+from delia.generate.clock import Account, SharedClock
 from delia.generate.engine import FAULTS, Completion, EngineConfig, Request, SamplingConfig, build_engine
 from delia.generate.nodes import wait_for_node
 from delia.rng import hash_text
@@ -43,6 +43,7 @@ SCHEMA = pa.schema(
 )
 """The columns of a block of requests."""
 ENGINE_SECONDS = "engine_seconds"
+DEVICE_SECONDS = "device_seconds"
 SOURCE = "source"
 """The column of a block that says what it belongs to; see `skip` of `run_script`."""
 SWITCH_SECONDS = 2e-5
@@ -77,61 +78,38 @@ class EngineActor:
         engine = build_engine(model, config)
         sys.setswitchinterval(SWITCH_SECONDS)
         generate = partial(engine.generate, sampling=sampling, end_ids=end_ids)
-        self._script = script
-        self._clock = BusyClock()
+        self._script, self._config = script, config
+        self._clock = SharedClock()
         self._engine = CarefulEngine(generate, attempts, num_callers=config.max_concurrent_batches)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Run the script on a block; `engine_seconds` is added, the block's part of the engine's time.
+        """Run the script on a block; what it was charged is added, see `add_seconds`.
 
         Of a block that is no longer wanted there is nothing.
         """
         source = block[SOURCE][0].as_py() if SOURCE in block.column_names else ""
         if not self._engine.enter(hash_text(str(block.slice(0, 1).to_pylist())), source):
             return pa.table({})
-        table = self._script(block, self._ask)
+        account = Account()
+        table = self._script(block, partial(self._ask, account))
         if table.num_rows == 0:
             self._engine.leave_empty()
-        seconds = self._clock.take() / max(1, table.num_rows)
-        return table.append_column(ENGINE_SECONDS, pa.array([seconds] * table.num_rows, pa.float64()))
+        return add_seconds(table, account.seconds, self._config)
 
-    def _ask(self, requests: Sequence[Request]) -> list[Completion]:
-        with self._clock.running():
+    def _ask(self, account: Account, requests: Sequence[Request]) -> list[Completion]:
+        with self._clock.running(account):
             return self._engine.ask(requests)
 
 
-class BusyClock:
-    """Seconds in which at least one caller is inside, whatever their number."""
+def add_seconds(table: pa.Table, seconds: float, engine: EngineConfig) -> pa.Table:
+    """Return a block's result with each row's part of the engine's seconds, and of those of its devices.
 
-    def __init__(self) -> None:
-        """Start at zero, with nobody inside."""
-        self._lock = threading.Lock()
-        self._num_inside = 0
-        self._since = self._seconds = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count the time until the block is left."""
-        with self._lock:
-            if self._num_inside == 0:
-                self._since = time.monotonic()
-            self._num_inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._num_inside -= 1
-                if self._num_inside == 0:
-                    self._seconds += time.monotonic() - self._since
-
-    def take(self) -> float:
-        """Return the seconds since the last call, those of a run that goes on included."""
-        with self._lock:
-            if self._num_inside:
-                now = time.monotonic()
-                self._seconds, self._since = self._seconds + now - self._since, now
-            seconds, self._seconds = self._seconds, 0.0
-        return seconds
+    It is told here what devices they were: who reads the result later may have others.
+    """
+    share = seconds / max(1, table.num_rows)
+    for name, value in ((ENGINE_SECONDS, share), (DEVICE_SECONDS, share * engine.num_devices)):
+        table = table.append_column(name, pa.array([value] * table.num_rows, pa.float64()))
+    return table
 
 
 def answer_requests(block: pa.Table, ask: Ask) -> pa.Table:
@@ -275,10 +253,9 @@ def to_completions(table: pa.Table) -> list[Completion]:
         EngineError: A request was given up, or its prompt leaves no room for an answer.
     """
     completions = []
-    for row in table.to_pylist():
-        row.pop(ENGINE_SECONDS, None)
-        fields = {**row, "token_ids": tuple(row["token_ids"]), "logprobs": tuple(row["logprobs"])}
-        completions.append(Completion(**fields))
+    for row in table.select([item.name for item in fields(Completion)]).to_pylist():
+        sequences = {name: tuple(row[name]) for name in ("token_ids", "logprobs")}
+        completions.append(Completion(**row | sequences))
         if row["finish_reason"] in FAULTS:
             raise EngineError(f"request {row['request_id']} was not answered: {row['error']}")
     return completions

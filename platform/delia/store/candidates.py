@@ -5,6 +5,7 @@
 A row's leaf stands beside it and is computed again whenever a table is read, so a changed text is seen.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ ROW_SCHEMA = pa.schema(
         ("num_prompt_tokens", pa.int64()),
         ("num_output_tokens", pa.int64()),
         ("leaf", pa.string()),
+        ("licence", pa.string()),
     ]
 )
 REJECTION_SCHEMA = pa.schema(
@@ -47,6 +49,7 @@ COST_SCHEMA = pa.schema(
         ("spent_prompt_tokens", pa.int64()),
         ("spent_output_tokens", pa.int64()),
         ("engine_seconds", pa.float64()),
+        ("device_seconds", pa.float64()),
     ]
 )
 """What a candidate cost in all its turns; stands beside it, and is no part of what it is."""
@@ -62,8 +65,9 @@ def _to_record(candidate: Candidate) -> dict[str, Any]:
 
 
 def _to_row(record: Mapping[str, Any]) -> Row:
-    fields = {name: record[name] for name in ROW_SCHEMA.names if name not in ("messages", "leaf")}
-    return Row(messages=tuple(Message(**turn) for turn in record["messages"]), **fields)
+    # a file without the column of licences is read too
+    fields = {name: record[name] for name in Row.__slots__ if name in record}
+    return Row(**fields | {"messages": tuple(Message(**turn) for turn in record["messages"])})
 
 
 def _to_rejection(record: Mapping[str, Any]) -> Rejection:
@@ -85,11 +89,16 @@ def _read_rows(records: Iterable[Mapping[str, Any]], *, address: str) -> tuple[R
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What was spent; candidates that were rejected or never looked at are in it too."""
+    """What was spent; candidates that were rejected or never looked at are in it too.
+
+    `device_seconds` are the engine's times the GPUs of its replica, or its CPUs where it has none; NaN where a part of
+    them is not known.
+    """
 
     prompt_tokens: int = 0
     output_tokens: int = 0
     engine_seconds: float = 0.0
+    device_seconds: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
         """Return both together."""
@@ -97,6 +106,7 @@ class Cost:
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             output_tokens=self.output_tokens + other.output_tokens,
             engine_seconds=self.engine_seconds + other.engine_seconds,
+            device_seconds=self.device_seconds + other.device_seconds,
         )
 
 
@@ -114,6 +124,11 @@ def to_row_table(rows: Sequence[Row]) -> pa.Table:
 def to_rejection_table(rejections: Sequence[Rejection]) -> pa.Table:
     """Return rejections as columns of `REJECTION_SCHEMA`, in their order."""
     return pa.Table.from_pylist([_to_record(item) for item in rejections], schema=REJECTION_SCHEMA)
+
+
+def list_licences(tables: Iterable[pa.Table]) -> list[str]:
+    """Return what the rows of tables of `ROW_SCHEMA` state as their licences, each once, sorted."""
+    return sorted({name for table in tables for name in table["licence"].unique().to_pylist()} - {""})
 
 
 def from_row_table(table: pa.Table, *, address: str = "") -> tuple[Row, ...]:
@@ -142,9 +157,19 @@ def from_candidate_table(table: pa.Table, *, address: str = "") -> list[Candidat
 
 
 def sum_cost(table: pa.Table) -> Cost:
-    """Return what the candidates of a table cost; nothing where its columns are missing."""
-    sums = [
-        compute.sum(table[name]).as_py() or 0 if name in table.column_names else 0
+    """Return what the candidates of a table cost; nothing where its columns are missing.
+
+    Candidates that have an engine's seconds alone were stored without saying what devices it had.
+    """
+    sums = {
+        name: compute.sum(table[name]).as_py() or 0
         for name in COST_SCHEMA.names
-    ]
-    return Cost(prompt_tokens=int(sums[0]), output_tokens=int(sums[1]), engine_seconds=float(sums[2]))
+        if name in table.column_names
+    }
+    engine_seconds = float(sums.get("engine_seconds", 0))
+    return Cost(
+        prompt_tokens=sums.get("spent_prompt_tokens", 0),
+        output_tokens=sums.get("spent_output_tokens", 0),
+        engine_seconds=engine_seconds,
+        device_seconds=float(sums.get("device_seconds", math.nan if engine_seconds else 0)),
+    )

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as compute
 
 from delia.errors import StoreError
-from delia.schema import Rejection, Row
+from delia.schema import Rejection, Row, Task
 from delia.store.candidates import REJECTION_SCHEMA, ROW_SCHEMA, from_rejection_table, from_row_table
 from delia.store.merkle import MerkleTree
 from delia.store.tables import (
@@ -216,6 +216,13 @@ def _read_places(address: str, starts: Sequence[int], places: Sequence[int]) -> 
             table = file.read_row_group(group).take(places_P[group_P == group] - starts[group])
             rows += from_row_table(table, address=address)
     return tuple(rows)
+
+
+def join_licences(task: Task, pool: Pool | None) -> str:
+    """Return the licences of all that an adapter may have been trained on: of the task, its train rows and the pool."""
+    by_source = pool.manifest.details.get("licences", {}) if pool else {}
+    stated = {task.licence, *(row.licence for row in task.rows_by_split["train"])}
+    return ", ".join(sorted(stated.union(*by_source.values()) - {""}))
 
 
 def index_rows(rows: Sequence[Row]) -> PoolIndex:

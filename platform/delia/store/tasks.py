@@ -12,6 +12,7 @@ they are, so a split that is absent there is empty here.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import yaml
@@ -73,6 +74,19 @@ class TaskHeader(FrozenConfig):
     columns: ColumnMapping = ColumnMapping()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """Foreign data.
+
+    Attributes:
+        items: In the file's order rows, and in the place of a malformed one the error that names its place.
+        licence: That of rows which state none themselves.
+    """
+
+    items: Sequence[SeedTask | TaskFileError]
+    licence: str = ""
+
+
 def read_task(config: TaskConfig) -> Task:
     """Read and check a task before any work is done on it.
 
@@ -92,20 +106,19 @@ def read_task(config: TaskConfig) -> Task:
     return _assemble(rows, header, path)
 
 
-def read_import(config: TaskConfig) -> list[SeedTask | TaskFileError]:
+def read_import(config: TaskConfig) -> Imported:
     """Read the train rows of foreign data, all rows of a single file, each by itself: no row costs another.
 
     Ids, tokens and the rows of other splits play no part, and are not checked.
-
-    Returns:
-        In the file's order rows, and in the place of a malformed one the error that names its place.
 
     Raises:
         TaskFileError: What is wrong with the file as a whole, or with every row of it.
     """
     path = config.path.rstrip("/") or "/"
     _, header, raw_by_split = _read_raw(config, path, keeps_faults=True)
-    return parse_each(raw_by_split, header.columns)
+    with at_place(path):
+        check_text(header.licence, f"the licence of {HEADER} or of the settings")
+    return Imported(items=parse_each(raw_by_split, header.columns), licence=header.licence)
 
 
 def write_task(directory: str, task: Task) -> None:

@@ -18,18 +18,15 @@ from delia.errors import StoreError, TaskFileError
 from delia.generate.engine import EngineConfig
 from delia.generate.pipeline import run_script
 from delia.rng import hash_text
-from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, SeedTask, hash_messages
+from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, hash_messages
 from delia.store.candidates import Candidate, Cost, from_candidate_table, sum_cost
 from delia.store.tables import join, list_names, read_table, write_table
-from delia.store.tasks import read_import
+from delia.store.tasks import Imported, read_import
 from delia.synthesize.dialogue import Dialogue
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 MALFORMED = "malformed"
 """Why a row of a file that can't be read is not taken."""
-
-Imported = Sequence[SeedTask | TaskFileError]
-"""The rows of a file in its order, and in the place of a malformed one what is wrong with it."""
 
 
 @dataclass(frozen=True, order=True)
@@ -181,26 +178,28 @@ def read_imports(config: SynthesizeConfig) -> dict[str, Imported]:
     return {source.name: read_import(source.rows) for source in config.sources if source.rows is not None}
 
 
-def digest_imported(items: Imported) -> str:
+def digest_imported(imported: Imported) -> str:
     """Return the hash of all that a source takes of its file: rows in their order, and where one is malformed."""
     return hash_text(
+        imported.licence,
         *(
             MALFORMED
             if isinstance(item, TaskFileError)
             else hash_text(item.licence, hash_messages(item.messages))
-            for item in items
-        )
+            for item in imported.items
+        ),
     )
 
 
-def batch_imported(source: str, items: Imported, *, size: int) -> Iterator[Batch]:
+def batch_imported(source: str, imported: Imported, *, size: int) -> Iterator[Batch]:
     """Yield all rows of a source that is a file, in the file's order; they cost nothing.
 
-    An imported row is known by its content: its id is the hash of source, licence and messages. One that can't
-    be read is a rejection, known by its index, with what is wrong and where as its text.
+    An imported row is known by its content: its id is the hash of source, messages and the licence that it states
+    itself; what settings say of all rows names none. One that can't be read is a rejection, known by its index, with
+    what is wrong and where as its text.
     """
     candidates: list[Candidate] = []
-    for index, item in enumerate(items):
+    for index, item in enumerate(imported.items):
         if isinstance(item, TaskFileError):
             candidates.append(
                 Rejection(
@@ -213,7 +212,9 @@ def batch_imported(source: str, items: Imported, *, size: int) -> Iterator[Batch
             )
         else:
             row_id = hash_text(source, item.licence, hash_messages(item.messages))
-            candidates.append(Row(row_id=row_id, index=index, source=source, messages=item.messages))
+            licence = item.licence or imported.licence
+            row = Row(row_id=row_id, index=index, source=source, messages=item.messages, licence=licence)
+            candidates.append(row)
     for start in range(0, len(candidates), size):
         yield Batch(source=source, candidates=tuple(candidates[start : start + size]))
 
