@@ -14,7 +14,8 @@ from delia.errors import ConfigError
 from delia.flow.workspace import Workspace
 from delia.schema import SeedTask
 from delia.store.models import ModelConfig, identify_directory, identify_model
-from delia.synthesize.pipeline import Imported, digest_imported
+from delia.store.tasks import Imported
+from delia.synthesize.pipeline import digest_imported
 
 
 def name_pool(
