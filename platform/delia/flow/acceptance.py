@@ -186,10 +186,21 @@ class Acceptance:
             if self._curation.selector is not None:
                 self._select(name)
             if rule.reason != ENOUGH_ROWS:
-                self._stopped[name] = (
-                    f"{rule.reason}: {rule.num_accepted} of {rule.num_rows} rows, {rule.num_output_tokens} output"
-                    f" tokens, {rule.new_share:.2f} of the last instructions new"
-                )
+                self._stopped[name] = self._describe_end(name)
+
+    def _describe_end(self, name: str) -> str:
+        """Say what the pool has of a source that the stop rule ended, and out of how many rows it was chosen."""
+        source, wanted = self._sources[name], self._curation.num_rows[name]
+        rule = source.rule
+        choice = (
+            f", chosen from {rule.num_accepted} accepted ones, not from {rule.num_rows}"
+            if rule.num_rows > wanted
+            else ""
+        )
+        return (
+            f"{rule.reason}: {source.rows.num_rows} of {wanted} rows{choice}, {rule.num_output_tokens} output tokens,"
+            f" {rule.new_share:.2f} of the last instructions new"
+        )
 
     def read_rows(self, source: str) -> tuple[Row, ...]:
         """Return the accepted rows of a closed source: what later ones may feed on."""
