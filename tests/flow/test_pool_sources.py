@@ -118,6 +118,26 @@ def test_a_file_of_malformed_rows_alone_is_refused_with_the_first(space, tmp_pat
             begin(config)
 
 
+def test_how_much_is_left_is_estimated_of_sources_that_draw_and_not_of_files_or_what_feeds_on_rows(
+    space, tmp_path, local_stage, build, web_source
+):
+    local_stage()
+    rows = write_rows(tmp_path / "rows.jsonl", *(f"question {i}" for i in range(20)))
+    file = make_source("file", rows=rows, num_rows=20)
+    answers = make_source("answers", "answering.Answering", feeds_on=("file",), num_rows=4, max_candidates=8)
+    for sources, drawn in (((web_source, file, answers), {"web"}), ((file, answers), set())):
+        metrics: dict[str, float] = {}
+        pool = build(space, make_pool_config(*sources), log=lambda values, step: metrics.update(values))  # noqa: B023
+        novelty = pool.manifest.details["diversity"]["novelty"]
+        estimates = {name: item["estimated_distinct"] for name, item in novelty.items()}
+
+        assert {name for name, value in estimates.items() if value is not None} == drawn
+        assert {name for name, item in novelty.items() if item["unseen_mass"] is not None} == drawn
+        assert all(item["new_unique_rate"] > 0 for item in novelty.values())
+        left = sum(estimates[name] - novelty[name]["num_distinct"] for name in drawn)
+        assert metrics.get("curate/estimated_left") == (pytest.approx(left, abs=1e-4) if drawn else None)
+
+
 def test_an_imported_row_is_known_by_its_content_wherever_it_stands(opened, tmp_path, build):
     ids = []
     for number, questions in enumerate((("the fox", "the owl"), ("the owl", "the fox"))):

@@ -115,6 +115,7 @@ class Acceptance:
         self._sources: dict[str, _Source] = {}
         self._round: tuple[str, ...] = ()
         self._stopped: dict[str, str] = {}
+        self._drawn: set[str] = set()
         self._cost = Cost()
 
     def begin(self, mark: str) -> None:
@@ -174,12 +175,16 @@ class Acceptance:
             " raise max_candidates, loosen curate or stop, or ask for fewer rows"
         )
 
-    def close(self) -> None:
+    def close(self, *, drawn: Sequence[str] = ()) -> None:
         """End the round: hold that each source gave what it was asked for, and select.
+
+        Args:
+            drawn: Those of its sources whose candidates are independent draws (`Dialogue.asks_alike`).
 
         Raises:
             PoolError: See `check_supply`.
         """
+        self._drawn.update(drawn)
         for name in self._round:
             self.check_supply(name)
             rule = self._sources[name].rule
@@ -218,7 +223,7 @@ class Acceptance:
         num_rows = progress.num_accepted
         sources = [self._sources[name] for name in sorted(self._sources)]
         rows = Chain(tuple(source.rows for source in sources))
-        details, metrics = self._curation.describe(rows, num_rows)
+        details, metrics = self._curation.describe(rows, num_rows, drawn=self._drawn)
         ledger = account(self._cost, num_rows, engine)
         details |= {"template_hash": self._space.chat.template_hash, "cost": ledger}
         self._curation.score(address, rows)

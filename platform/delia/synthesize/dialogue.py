@@ -27,6 +27,9 @@ _ONE_THREAD = threading.Lock()
 MAX_TURNS = 16
 """No method needs more; one that never closes a candidate would run for ever."""
 
+_NUM_ASKED = 8
+"""Candidates whose first requests are compared."""
+
 UNRENDERABLE = "unrenderable"
 """Why a candidate is not asked further, or an imported row not taken: the chat template can't write the chat."""
 
@@ -112,6 +115,16 @@ class Dialogue:
                 refused = refused or error
         if refused is not None:
             raise ChatError(f"source {source!r}: no candidate of it can be asked for: {refused}") from refused
+
+    def asks_alike(self, source: str) -> bool:
+        """Tell whether all candidates of a source begin with one prompt: then they are draws from one distribution.
+
+        Those of a method that walks a list or a grid begin with another prompt each; the first few tell.
+        """
+        method, context = self.part(source)
+        steps = [self._step(method, context, index, []) for index in range(_NUM_ASKED)]
+        asked = {replace(step, request_id="", seed=0) for step in steps if isinstance(step, Request)}
+        return len(asked) == 1 and all(isinstance(step, Request) for step in steps)
 
     def __call__(self, block: pa.Table, ask: Ask) -> pa.Table:
         """Make the candidates of one chunk.
