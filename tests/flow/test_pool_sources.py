@@ -35,8 +35,9 @@ def make_pool_config(*sources: SourceConfig, stop: StopConfig | None = None) -> 
 
 
 def write_rows(path: Path, *questions: str) -> TaskConfig:
+    """Write a file of questions, each answered with its last word."""
     rows = [
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": f"about {text}"}]}
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text.split()[-1]}]}
         for text in questions
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -83,6 +84,38 @@ def test_rows_of_a_file_become_a_source_in_the_files_order_and_cost_nothing(
     assert len({row.row_id for row in pool.rows}) == 3
     assert pool.manifest.details["cost"]["output_tokens"] == 0
     assert [(item.reason, item.index) for item in read_back(space, config)] == [("duplicate", 2)]
+
+
+FOREIGN = "what does <sep> mean in a tokenizer ?"
+
+
+def test_a_row_of_a_file_that_spells_a_task_token_is_a_leak_unless_the_rule_is_off(
+    small_space, tmp_path, build, read_back
+):
+    """It means the text, and would be encoded as the token."""
+    rows = write_rows(tmp_path / "rows.jsonl", "the fox", FOREIGN, "the cat")
+    config = make_pool_config(make_source("file", rows=rows, num_rows=2))
+    loose = LOOSE.model_copy(update={"reject_template_leaks": False})
+    all_three = make_pool_config(make_source("file", rows=rows, num_rows=3))
+    pool = build(small_space, config, num_replicas=None)
+    unruled = build(small_space, all_three.model_copy(update={"curate": loose}), num_replicas=None)
+
+    assert [row.instruction for row in pool.rows] == ["the fox", "the cat"]
+    assert [(item.reason, item.text) for item in read_back(small_space, config)] == [
+        ("template_leak", FOREIGN)
+    ]
+    assert [row.instruction for row in unruled.rows] == ["the fox", FOREIGN, "the cat"]
+
+
+def test_answers_to_the_tasks_own_rows_keep_its_token(small_space, local_stage, build):
+    local_stage()
+    answers = make_source("answers", "answering.Answering", num_rows=4, max_candidates=4)
+    pool = build(small_space, make_pool_config(answers))
+
+    assert [row.messages[:-1] for row in pool.rows] == [
+        task.prompt for task in small_space.task.rows_by_split["train"]
+    ]
+    assert all("<sep>" in row.instruction for row in pool.rows)
 
 
 def test_a_malformed_row_of_a_file_is_a_rejection_with_its_place_and_ends_no_job(

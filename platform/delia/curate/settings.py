@@ -13,7 +13,8 @@ from delia.store.tasks import TaskConfig
 class CurateConfig(FilterConfig):
     """What is kept of the candidates; None switches a rule off.
 
-    `reject_template_leaks` refuses rows that spell a control token (`curate.leaks`).
+    `reject_template_leaks` refuses rows that spell a control token, and rows of files that spell a task token (see
+    `curate.leaks`).
     `near_duplicate_threshold` is a Jaccard similarity of the user turns' sets of word n-grams of `ngram` words (see
     `curate.dedup` on short texts and system turns); `num_perm` is the size of a MinHash, and changes what is searched,
     not what counts as similar. `overlap_ngram` is the number of words in a row that a row may not share with

@@ -151,7 +151,7 @@ class Acceptance:
         source = self._sources[item.source]
         if source.rule.reason is None:  # else what is still under way is no part of the pool, nor of its cost
             if not isinstance(item, Screenings):
-                item = Screenings(batch=read_candidates(item, self._space.chat))
+                item = Screenings(batch=read_candidates(item, self._space.chat, self._curation.config))
             self._cost += item.batch.cost
             curator = self._curation.curators[item.source]
             decided = curator.feed(item.batch.candidates, rule=source.rule, screened=item.screened)
