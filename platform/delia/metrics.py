@@ -63,7 +63,7 @@ METRICS: tuple[Metric, ...] = (
         "curate/estimated_left",
         "rows",
         "gauge",
-        "Distinct instructions that sources have left at least (Chao1)",
+        "Distinct instructions that sources of one prompt have left at least (Chao1)",
     ),
     Metric("curate/diversity_seconds", "seconds", "gauge", "Wall time of the diversity report"),
     Metric("mix/task_rows", "rows", "gauge", "Task rows in the mixture"),

@@ -95,8 +95,16 @@ class Row:
 
     @property
     def instruction(self) -> str:
-        """Return the text that near-duplicate rules act on: every turn before the answer."""
+        """Return every turn before the answer: what exact duplicates and overlaps are found in."""
         return "\n".join(message.content for message in self.messages[:-1])
+
+    @property
+    def user_text(self) -> str:
+        """Return every user turn: what near and semantic duplicates, openings and embeddings are of.
+
+        System turns are no part of it: one that all rows of a source share would make them all alike.
+        """
+        return "\n".join(message.content for message in self.messages if message.role == "user")
 
     @property
     def leaf(self) -> str:

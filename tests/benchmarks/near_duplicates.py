@@ -105,8 +105,8 @@ def run_ours(texts: Sequence[str]) -> Measured:
     started = time.perf_counter()
     seen, dropped = SeenInstructions(threshold=THRESHOLD, num_perm=NUM_PERM, ngram=NGRAM), set()
     for place, text in enumerate(texts):
-        if seen.compare(text) is None:
-            seen.remember(text)
+        if seen.compare(text, text) is None:
+            seen.remember(text, text)
         else:
             dropped.add(place)
     return Measured(name="delia", seconds=time.perf_counter() - started, dropped=frozenset(dropped))

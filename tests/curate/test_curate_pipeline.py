@@ -1,5 +1,6 @@
 """Acceptance as a pure function of the candidates in index order."""
 
+import dataclasses
 import random
 from collections import Counter
 from itertools import pairwise
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from delia.curate.dedup import make_shingles, measure_jaccard
+from delia.curate.embedding import embed_hashed
 from delia.curate.pipeline import Candidate, Curator
 from delia.curate.screening import Screener
 from delia.curate.settings import CurateConfig
@@ -118,6 +120,48 @@ def test_of_two_near_duplicates_the_lower_index_survives():
 
     assert accepted_ids(Curator(Screener(CONFIG)).feed([make_row(3, first), make_row(8, second)])) == ["r3"]
     assert accepted_ids(Curator(Screener(CONFIG)).feed([make_row(3, second), make_row(8, first)])) == ["r3"]
+
+
+SYSTEM = " ".join(f"rule{i}" for i in range(90))
+
+
+def make_row_under(system: str, index: int, question: str) -> Row:
+    row = make_row(index, question)
+    return dataclasses.replace(row, messages=(Message(role="system", content=system), *row.messages))
+
+
+def test_a_long_system_turn_that_all_rows_share_makes_none_of_them_near_duplicates():
+    rng = random.Random(1)
+    words = [f"w{i}" for i in range(500)]
+    rows = [make_row_under(SYSTEM, index, " ".join(rng.sample(words, 8))) for index in range(100)]
+    by_meaning = CurateConfig(embedder="base", semantic_threshold=0.9)
+
+    assert Curator(Screener(CurateConfig())).feed(rows) == rows
+    assert Curator(Screener(by_meaning, embed=embed_hashed)).feed(rows) == rows
+
+
+@pytest.mark.parametrize(
+    ("config", "reasons"),
+    [
+        (CurateConfig(), ["near_duplicate", "duplicate"]),
+        (CurateConfig(near_duplicate_threshold=None), ["", "duplicate"]),
+        (
+            CurateConfig(near_duplicate_threshold=None, embedder="base", semantic_threshold=0.99),
+            ["semantic_duplicate", "duplicate"],
+        ),
+    ],
+)
+def test_one_question_under_another_system_turn_is_near_and_under_the_same_a_duplicate(
+    config: CurateConfig, reasons: list[str]
+):
+    rows = [
+        make_row_under(system, index, "name a small red cat")
+        for index, system in enumerate(("be brief", "be kind", "be brief"))
+    ]
+    first, *others = Curator(Screener(config, embed=embed_hashed)).feed(rows)
+
+    assert first == rows[0]
+    assert [item.reason if isinstance(item, Rejection) else "" for item in others] == reasons
 
 
 @pytest.mark.parametrize(("ngram", "num_accepted"), [(1, 1), (3, 2)])

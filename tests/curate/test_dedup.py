@@ -25,9 +25,9 @@ LONG = [f"w{i}" for i in range(40)]
 
 def admit(seen: SeenInstructions, instruction: str) -> str | None:
     """Compare an instruction, and remember it where nothing speaks against it."""
-    reason = seen.compare(instruction)
+    reason = seen.compare(instruction, instruction)
     if reason is None:
-        seen.remember(instruction)
+        seen.remember(instruction, instruction)
     return reason
 
 

@@ -72,6 +72,16 @@ def test_all_estimates_of_no_candidate_are_empty():
     assert report.new_unique_rates == ()
 
 
+def test_of_candidates_that_are_no_draws_there_are_rates_and_no_estimates():
+    drawn, walked = count(["a", "b", "a", "c"]).report(), count(["a", "b", "a", "c"]).report(is_drawn=False)
+
+    assert (drawn.unseen_mass, drawn.estimated_left) == (2 / 4, 2 * 1 / 4)
+    assert (walked.unseen_mass, walked.estimated_distinct, walked.interval, walked.estimated_left) == (
+        (None,) * 4
+    )
+    assert (walked.num_distinct, walked.new_unique_rates) == (drawn.num_distinct, drawn.new_unique_rates)
+
+
 @pytest.mark.parametrize("num_kinds", [300, 2000])
 def test_of_uniform_draws_the_interval_holds_the_truth_and_the_mass_is_what_is_unseen(num_kinds: int):
     rng = random.Random(5)

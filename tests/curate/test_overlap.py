@@ -52,6 +52,22 @@ def test_a_text_shorter_than_the_ngram_overlaps_only_where_it_is_equal(instructi
     assert HeldOut([make_seed("what is two and two ?")]).overlaps(make_row(instruction)) is is_overlap
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_short_eval_prompt_is_found_in_any_user_turn_and_in_no_answer(place: int):
+    turns = ["hello there", "what else ?", "thank you"]
+    turns[place] = "What is two and two ?"
+    answers = ["hi", "nothing", "you are welcome"]
+    pairs = [
+        (Message(role="user", content=turn), Message(role="assistant", content=answer))
+        for turn, answer in zip(turns, answers, strict=True)
+    ]
+    row = Row(row_id="r0", index=0, source="s", messages=tuple(turn for pair in pairs for turn in pair))
+
+    assert HeldOut([make_seed("what is two and two ?")]).overlaps(row)
+    assert HeldOut([make_seed("what is two and two ?", system=SYSTEM)]).overlaps(row)
+    assert not HeldOut([make_seed("what is two and three ?"), make_seed("nothing")]).overlaps(row)
+
+
 def test_system_turns_hide_no_overlap_and_make_none():
     held_out = HeldOut([make_seed("what is two and two ?", system=SYSTEM)])
 

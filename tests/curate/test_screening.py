@@ -75,7 +75,7 @@ def test_only_rows_without_a_fault_are_embedded():
     screened = Screener(CONFIG, embed=embed).screen(candidates)
     faultless = [place for place, fault in enumerate(screened.faults) if fault is None]
 
-    assert embedded == [candidates[place].instruction for place in faultless]
+    assert embedded == [candidates[place].user_text for place in faultless]
     assert np.flatnonzero(screened.vectors_ND.any(1)).tolist() == faultless
     assert {screened.faults[i] for i in range(200) if i not in faultless} == {"too_long", "no_answer"}
 

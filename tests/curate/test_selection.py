@@ -1,5 +1,6 @@
 """What stands between rows and a selector: columns, counts, and what a method may return."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -46,6 +47,15 @@ def test_columns_are_what_is_known_of_rows_in_their_order():
         [0, 1, 2],
     )
     assert columns["embedding"].tolist() == embed_hashed([row.instruction for row in make_rows(3)]).tolist()
+
+
+def test_openings_and_embeddings_are_of_what_users_say():
+    system = Message(role="system", content="Answer like a pirate")
+    rows = [dataclasses.replace(row, messages=(system, *row.messages)) for row in make_rows(3)]
+    columns, plain = make_columns(rows, embed_hashed), make_columns(make_rows(3), embed_hashed)
+
+    assert columns["opening"].tolist() == plain["opening"].tolist()
+    assert columns["embedding"].tolist() == plain["embedding"].tolist()
 
 
 def test_rows_keep_their_order_whatever_the_order_of_choice():

@@ -70,11 +70,11 @@ class AimedAcceptance(acceptance.Acceptance):
             self.aim.reach("in round two")
         return progress
 
-    def close(self) -> None:
+    def close(self, **options: Any) -> None:
         """Reach the last chunk of a round, which is stored and decided on."""
         self.num_closed += 1
         self.aim.reach(f"after the chunks of round {('one', 'two')[self.num_closed - 1]}")
-        super().close()
+        super().close(**options)
 
     def write(self, address: str, **options: Any) -> Any:
         """Write with points in each file and between them."""

@@ -11,6 +11,7 @@ from delia.config import MethodConfig
 from delia.curate.likelihood import LIKELIHOOD, score_answers
 from delia.curate.selection import SelectConfig
 from delia.curate.settings import CurateConfig
+from delia.curate.stopping import StopConfig
 from delia.errors import ConfigError, PoolError
 from delia.flow.pool import PoolConfig, build_pool, pool_fingerprint
 from delia.flow.workspace import Workspace, open_workspace
@@ -177,6 +178,22 @@ def test_a_selected_pool_is_more_diverse_than_the_first_rows(space):
 def test_a_source_that_cannot_accept_enough_to_choose_from_is_an_error_and_no_smaller_choice(space):
     with pytest.raises(PoolError, match="source 'web' gave 64 of 75 rows"):
         curate(space, make_config(select_by("k_center.KCenter"), num_rows=30))
+
+
+def test_a_source_that_the_stop_rule_ends_says_what_it_has_and_out_of_how_many_it_was_chosen(space):
+    """A candidate costs two tokens on average: 40 give 20 rows, of which 12 are kept, and 20 give 10."""
+    ends = {}
+    for num_tokens in (40, 20):
+        stop = StopConfig(max_output_tokens=num_tokens)
+        config = make_config(select_by("k_center.KCenter")).model_copy(update={"stop": stop})
+        ends[num_tokens] = curate(space, config).manifest.details["stopped"]
+    tail = "output tokens, 1.00 of the last instructions new"
+
+    assert ends[40] == {"web": f"tokens: 12 of 12 rows, chosen from 20 accepted ones, not from 30, 40 {tail}"}
+    assert ends[20] == {
+        "web": f"tokens: 10 of 12 rows, chosen from 10 accepted ones, not from 30, 20 {tail}",
+        "self": f"tokens: 6 of 6 rows, chosen from 10 accepted ones, not from 15, 20 {tail}",
+    }
 
 
 def test_a_selector_outside_the_methods_needs_permission(space):

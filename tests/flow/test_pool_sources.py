@@ -35,8 +35,9 @@ def make_pool_config(*sources: SourceConfig, stop: StopConfig | None = None) -> 
 
 
 def write_rows(path: Path, *questions: str) -> TaskConfig:
+    """Write a file of questions, each answered with its last word."""
     rows = [
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": f"about {text}"}]}
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text.split()[-1]}]}
         for text in questions
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -85,6 +86,38 @@ def test_rows_of_a_file_become_a_source_in_the_files_order_and_cost_nothing(
     assert [(item.reason, item.index) for item in read_back(space, config)] == [("duplicate", 2)]
 
 
+FOREIGN = "what does <sep> mean in a tokenizer ?"
+
+
+def test_a_row_of_a_file_that_spells_a_task_token_is_a_leak_unless_the_rule_is_off(
+    small_space, tmp_path, build, read_back
+):
+    """It means the text, and would be encoded as the token."""
+    rows = write_rows(tmp_path / "rows.jsonl", "the fox", FOREIGN, "the cat")
+    config = make_pool_config(make_source("file", rows=rows, num_rows=2))
+    loose = LOOSE.model_copy(update={"reject_template_leaks": False})
+    all_three = make_pool_config(make_source("file", rows=rows, num_rows=3))
+    pool = build(small_space, config, num_replicas=None)
+    unruled = build(small_space, all_three.model_copy(update={"curate": loose}), num_replicas=None)
+
+    assert [row.instruction for row in pool.rows] == ["the fox", "the cat"]
+    assert [(item.reason, item.text) for item in read_back(small_space, config)] == [
+        ("template_leak", FOREIGN)
+    ]
+    assert [row.instruction for row in unruled.rows] == ["the fox", FOREIGN, "the cat"]
+
+
+def test_answers_to_the_tasks_own_rows_keep_its_token(small_space, local_stage, build):
+    local_stage()
+    answers = make_source("answers", "answering.Answering", num_rows=4, max_candidates=4)
+    pool = build(small_space, make_pool_config(answers))
+
+    assert [row.messages[:-1] for row in pool.rows] == [
+        task.prompt for task in small_space.task.rows_by_split["train"]
+    ]
+    assert all("<sep>" in row.instruction for row in pool.rows)
+
+
 def test_a_malformed_row_of_a_file_is_a_rejection_with_its_place_and_ends_no_job(
     space, tmp_path, local_acceptance, build, read_back
 ):
@@ -116,6 +149,26 @@ def test_a_file_of_malformed_rows_alone_is_refused_with_the_first(space, tmp_pat
     for begin in (check_sources, lambda config: build(space, config, num_replicas=None)):
         with pytest.raises(TaskFileError, match=r"line 1: .* fit no layout.*none of the 3 rows"):
             begin(config)
+
+
+def test_how_much_is_left_is_estimated_of_sources_that_draw_and_not_of_files_or_what_feeds_on_rows(
+    space, tmp_path, local_stage, build, web_source
+):
+    local_stage()
+    rows = write_rows(tmp_path / "rows.jsonl", *(f"question {i}" for i in range(20)))
+    file = make_source("file", rows=rows, num_rows=20)
+    answers = make_source("answers", "answering.Answering", feeds_on=("file",), num_rows=4, max_candidates=8)
+    for sources, drawn in (((web_source, file, answers), {"web"}), ((file, answers), set())):
+        metrics: dict[str, float] = {}
+        pool = build(space, make_pool_config(*sources), log=lambda values, step: metrics.update(values))  # noqa: B023
+        novelty = pool.manifest.details["diversity"]["novelty"]
+        estimates = {name: item["estimated_distinct"] for name, item in novelty.items()}
+
+        assert {name for name, value in estimates.items() if value is not None} == drawn
+        assert {name for name, item in novelty.items() if item["unseen_mass"] is not None} == drawn
+        assert all(item["new_unique_rate"] > 0 for item in novelty.values())
+        left = sum(estimates[name] - novelty[name]["num_distinct"] for name in drawn)
+        assert metrics.get("curate/estimated_left") == (pytest.approx(left, abs=1e-4) if drawn else None)
 
 
 def test_an_imported_row_is_known_by_its_content_wherever_it_stands(opened, tmp_path, build):

@@ -31,7 +31,7 @@ from delia.synthesize.pipeline import StoredChunk
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 LOOSE = CurateConfig(near_duplicate_threshold=None, overlap_ngram=None, max_repeated_share=None)
-BY_MEANING = LOOSE.model_copy(update={"embedder": "base", "semantic_threshold": 0.996, "num_screeners": 2})
+BY_MEANING = LOOSE.model_copy(update={"embedder": "base", "semantic_threshold": 0.97, "num_screeners": 2})
 Kill = Callable[[Any, int], None]
 
 

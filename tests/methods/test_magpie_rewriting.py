@@ -107,6 +107,21 @@ def test_rewriting_that_lost_or_doubled_the_token_is_rejected(token_context, tex
     assert (rejection.reason, rejection.text) == ("lost_token", text)
 
 
+def test_a_token_that_the_model_spelled_itself_is_a_leak(token_context, say):
+    """It means the text and would be encoded as the token."""
+    one = make_context(token_context, f"the fox ? use {TOKEN} .", phrasing=f"use {TOKEN} .", token=TOKEN)
+    none = make_context(token_context, "the fox ? be short .", phrasing="be short .", token=TOKEN)
+    for method, context, text in (
+        (Magpie(), token_context, f"what does {TOKEN} mean ?"),
+        (Rewriting(), one, f"JSON or {TOKEN} ."),
+        (Rewriting(), none, f"be short as {TOKEN} ."),
+    ):
+        rejection = method(context, 0, [say(context, 0, text)])
+
+        assert isinstance(rejection, Rejection)
+        assert (rejection.reason, rejection.text) == ("template_leak", text)
+
+
 def test_rewriting_that_changed_nothing_is_rejected(context, say):
     one = make_context(context, "the fox ? be short .", phrasing="be short .")
     rejection = Rewriting()(one, 0, [say(one, 0, "be short .")])

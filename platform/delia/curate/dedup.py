@@ -1,10 +1,11 @@
 """Duplicates among accepted instructions: exact ones, and near ones by word n-grams.
 
-    instruction --SeenInstructions.compare-->  "duplicate" | "near_duplicate" | None, then it may be remembered
+    instruction, user turns --SeenInstructions.compare-->  "duplicate" | "near_duplicate" | None, then remembered
 
-Near-duplicates are pairs whose sets of word n-grams have a Jaccard similarity at or above a threshold.
-MinHash only proposes pairs; each is then measured exactly, so nothing is rejected on an estimate. An
-answer never matters.
+Duplicates say the same in every turn before the answer. Near-duplicates are pairs whose user turns have sets of word
+n-grams with a Jaccard similarity at or above a threshold: a system turn that all rows share makes none, and of one
+question under two system turns the later goes as a near-duplicate (to keep both, switch the rule off). MinHash only
+proposes pairs; each is then measured exactly, so nothing is rejected on an estimate. An answer never matters.
 
 The threshold acts on short texts in steps. "what is the capital of france ?" and "... of spain ?" share
 3 of 7 trigrams (0.43) and both stay at 0.8; but of two instructions of 40 words that differ in one inner
@@ -16,6 +17,7 @@ work grows with the square of their number. Of other texts hardly any are, and i
 from rensa import RMinHash, RMinHashLSH
 
 from delia.curate.ngrams import list_ngrams, normalise
+from delia.rng import hash_text
 
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near_duplicate"
@@ -64,7 +66,7 @@ class SeenInstructions:
         self._threshold = threshold
         self._num_perm = num_perm
         self._ngram = ngram
-        self._number_by_text: dict[str, int] = {}
+        self._whole: set[str] = set()
         self._texts: list[str] = []
         self._latest: tuple[str | None, RMinHash] = (None, None)
         self._index: RMinHashLSH | None = None
@@ -73,13 +75,18 @@ class SeenInstructions:
             self._num_perm = num_bands * band_size
             self._index = RMinHashLSH(threshold=threshold, num_perm=self._num_perm, num_bands=num_bands)
 
-    def compare(self, instruction: str) -> str | None:
-        """Return why an instruction is refused, or None; nothing is remembered."""
-        text = normalise(instruction)
-        if text in self._number_by_text:
+    def compare(self, instruction: str, user_text: str) -> str | None:
+        """Return why an instruction is refused, or None; nothing is remembered.
+
+        Args:
+            instruction: All turns before the answer.
+            user_text: The user turns among them.
+        """
+        if hash_text(normalise(instruction)) in self._whole:
             return DUPLICATE
         if self._index is None or self._threshold is None:
             return None
+        text = normalise(user_text)
         shingles = make_shingles(text, self._ngram)
         for number in self._index.query(self._sketch(text)):
             # shingles are made again: sets would fill the memory
@@ -87,13 +94,13 @@ class SeenInstructions:
                 return NEAR_DUPLICATE
         return None
 
-    def remember(self, instruction: str) -> None:
+    def remember(self, instruction: str, user_text: str) -> None:
         """Accept an instruction that `compare` let pass."""
-        text = normalise(instruction)
+        self._whole.add(hash_text(normalise(instruction)))
         if self._index is not None:
+            text = normalise(user_text)
             self._index.insert(len(self._texts), self._sketch(text))
-        self._number_by_text[text] = len(self._texts)
-        self._texts.append(text)
+            self._texts.append(text)
 
     def _sketch(self, text: str) -> RMinHash:
         if self._latest[0] != text:  # `remember` mostly follows `compare` of the same text

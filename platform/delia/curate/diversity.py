@@ -183,7 +183,7 @@ def measure_diversity(
     """
     started = time.perf_counter()
     sources = [row.source for row in sample]
-    texts = ["\n".join(turn.content for turn in row.messages if turn.role == "user") for row in sample]
+    texts = [row.user_text for row in sample]
     vectors_ND = embed(texts)
     nearest_N = measure_nearest(vectors_ND)
     cells = assign_cells(vectors_ND, seed=seed)

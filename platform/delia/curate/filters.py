@@ -95,11 +95,7 @@ def _refuses(row: Row, config: FilterConfig) -> bool:
 def _is_in_other_language(row: Row, config: FilterConfig) -> bool:
     if config.languages is None:
         return False
-    texts = (
-        "\n".join(item.content for item in row.messages if item.role == "user"),
-        row.messages[-1].content,
-    )
-    return any(is_foreign(text, config.languages) for text in texts)
+    return any(is_foreign(text, config.languages) for text in (row.user_text, row.messages[-1].content))
 
 
 FILTERS: dict[str, Callable[[Row, FilterConfig], bool]] = {

@@ -6,9 +6,11 @@ Such text comes from a model that ran past its turn, or from data that was rende
 text, so it can't break a chat; but a model trained on it learns to write it, and engines that re-tokenise
 what they are sent parse it.
 
-A task token that a task declares (`<sep>`) is no leak in an instruction: it is put there on purpose, and is
-the only text that contents are parsed for. In an answer it is one: the token stands for an instruction and
-is never to be emitted, and the row would train just that.
+A task token that a task declares (`<sep>`) is no leak in an instruction that was made of the task's own rows: it is
+put there on purpose, and is the only text that contents are parsed for. In an answer it is one: the token stands for an
+instruction and is never to be emitted, and the row would train just that. In foreign text it is one anywhere, since
+"what does <sep> mean ?" asks for no format and would be encoded with the token: rows of files are refused as they are
+read (`flow.screening`), instructions that a model wrote by the method that asked for them (`synthesize.socket`).
 
 A model whose control tokens look like text that people write (Llama-2's `<s>` is a tag of HTML) loses rows
 that mean the text: switch the rule off there.

@@ -6,7 +6,8 @@ The figures are functions of the candidates in index order, so a rule that stops
 index, whatever ran. They count exact repeats of normalised texts, accepted or not.
 
 The estimates take the candidates for independent draws from one distribution, which holds for
-self-sampling at a fixed prompt; of a method that walks a grid or a list of seed rows they say nothing.
+self-sampling at a fixed prompt; of a file, or of a method that walks a grid or a list of seed rows, they would say
+nothing and are left out.
 Sources: the unseen mass is Good's (1953, "The population frequencies of species and the estimation of
 population parameters", Biometrika 40, credited there to Turing); the number of distinct instructions is
 Chao1 in its bias-corrected form, a lower bound, with the log-normal interval (Chao 1984, Scand. J. Statist.
@@ -15,7 +16,7 @@ Chao1 in its bias-corrected form, a lower bound, with the log-normal interval (C
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import xxhash
 
@@ -36,7 +37,8 @@ class NoveltyReport:
         num_distinct: Different instructions among them.
         new_unique_rate: Share of the latest window's instructions that no earlier candidate had, in 0..1.
         new_unique_rates: The same over the course, in at most 20 stretches of equal length.
-        unseen_mass: Probability that the next candidate's instruction is a new one, in 0..1.
+        unseen_mass: Probability that the next candidate's instruction is a new one, in 0..1; None, as what follows,
+            where the candidates are no independent draws.
         estimated_distinct: Different instructions that there are at least (Chao1).
         interval: 95 % interval of that.
     """
@@ -45,14 +47,14 @@ class NoveltyReport:
     num_distinct: int
     new_unique_rate: float
     new_unique_rates: tuple[float, ...]
-    unseen_mass: float
-    estimated_distinct: float
-    interval: tuple[float, float]
+    unseen_mass: float | None
+    estimated_distinct: float | None
+    interval: tuple[float, float] | None
 
     @property
-    def estimated_left(self) -> float:
+    def estimated_left(self) -> float | None:
         """Return how many instructions at least have not been seen yet."""
-        return self.estimated_distinct - self.num_distinct
+        return None if self.estimated_distinct is None else self.estimated_distinct - self.num_distinct
 
 
 def estimate_distinct(num_distinct: int, num_once: int, num_twice: int) -> tuple[float, float, float]:
@@ -100,14 +102,14 @@ class Novelty:
         latest = self._is_new[-self._window :]
         return sum(latest) / len(latest) if latest else 1.0
 
-    def report(self) -> NoveltyReport:
-        """Return all figures of the candidates so far."""
+    def report(self, *, is_drawn: bool = True) -> NoveltyReport:
+        """Return all figures of the candidates so far; estimates only where they are independent draws."""
         frequencies = Counter(self._times.values())
         num_distinct, num_once = len(self._times), frequencies[1]
         estimate, low, high = estimate_distinct(num_distinct, num_once, frequencies[2])
         size = max(self._window, -(-self._num_candidates // _MAX_RATES))
         stretches = [self._is_new[start : start + size] for start in range(0, self._num_candidates, size)]
-        return NoveltyReport(
+        report = NoveltyReport(
             num_candidates=self._num_candidates,
             num_distinct=num_distinct,
             new_unique_rate=self.rate,
@@ -115,4 +117,7 @@ class Novelty:
             unseen_mass=num_once / self._num_candidates if self._num_candidates else 1.0,
             estimated_distinct=estimate,
             interval=(low, high),
+        )
+        return (
+            report if is_drawn else replace(report, unseen_mass=None, estimated_distinct=None, interval=None)
         )

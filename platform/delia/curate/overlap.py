@@ -3,8 +3,8 @@
     TaskConfigs --read_eval_rows--> eval rows --digest_prompts--> what of them decides a pool
     eval rows, train rows -> HeldOut;  Row --HeldOut.overlaps--> bool
 
-A row overlaps if its instruction, with or without system turns, equals an eval prompt; or if it contains
-an eval prompt's user text, or one word n-gram of it. The last two act on user texts of at least n words
+A row overlaps if its instruction, with or without system turns, or one user turn of it equals an eval prompt; or
+if it contains an eval prompt's user text, or one word n-gram of it. The last two act on user texts of at least n words
 only. System turns of eval rows give no n-grams: a task says the same one in train.
 """
 
@@ -86,7 +86,8 @@ class HeldOut:
     def overlaps(self, row: Row) -> bool:
         """Tell whether a row's instruction equals, contains or shares an n-gram with an eval prompt."""
         instruction = normalise(row.instruction)
-        if instruction in self._whole or _join_user_turns(row.messages[:-1]) in self._whole:
+        user_turns = (normalise(message.content) for message in row.messages if message.role == "user")
+        if not self._whole.isdisjoint((instruction, normalise(row.user_text), *user_turns)):
             return True
         ngrams = self._split(instruction)
         if not self._ngrams.isdisjoint(ngrams):

@@ -118,11 +118,11 @@ class Curator:
 
     def _admit(self, row: Row, place: int) -> str | None:
         """Compare a row with the accepted ones; remember it everywhere, or nowhere."""
-        reason = self._seen.compare(row.instruction)
+        reason = self._seen.compare(row.instruction, row.user_text)
         if reason is None and self._meanings is not None and self._meanings.is_near(place):
             reason = SEMANTIC_DUPLICATE
         if reason is None:
-            self._seen.remember(row.instruction)
+            self._seen.remember(row.instruction, row.user_text)
             if self._meanings is not None:
                 self._meanings.remember(place)
         return reason

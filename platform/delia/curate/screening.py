@@ -1,4 +1,4 @@
-"""What a candidate shows by itself: a fault that rejects it, or the embedding of its instruction.
+"""What a candidate shows by itself: a fault that rejects it, or the embedding of its user turns.
 
     Row | Rejection --filters, leaks, overlap--> fault or None --embed those without one--> Screened
 
@@ -29,7 +29,7 @@ class Screened:
 
     Attributes:
         faults: The reason that speaks against each, or None; of a rejection of synthesis its own.
-        vectors_ND: Embeddings of the instructions, float32 [N, D], zeros where there is a fault; None where nothing
+        vectors_ND: Embeddings of the user turns, float32 [N, D], zeros where there is a fault; None where nothing
             was embedded.
     """
 
@@ -65,7 +65,7 @@ class Screener:
             eval_rows: See `overlap.HeldOut`.
             train_rows: See `overlap.HeldOut`.
             control_texts: The chat format's control tokens; None: no text is one.
-            embed: Embeds instructions; needed for `semantic_threshold` alone.
+            embed: Embeds user turns; needed for `semantic_threshold` alone.
 
         Raises:
             ConfigError: An unknown language, or semantic duplicates without an embedder.
@@ -98,7 +98,7 @@ class Screener:
         rows = [item for place in places if isinstance(item := candidates[place], Row)]
         if self._embed is None or not rows:
             return None
-        embedded_MD = self._embed([row.instruction for row in rows])
+        embedded_MD = self._embed([row.user_text for row in rows])
         vectors_ND = np.zeros((len(candidates), embedded_MD.shape[1]), dtype=np.float32)
         vectors_ND[places] = embedded_MD
         return vectors_ND

@@ -59,15 +59,15 @@ def find_column(columns: Columns, name: str) -> NDArray[Any]:
 
 
 def make_columns(rows: Sequence[Row], embed: Embedder) -> dict[str, NDArray[Any]]:
-    """Return what selectors may read of rows: ids, sources, lengths in tokens, openings, embeddings."""
-    instructions = [row.instruction for row in rows]
+    """Return what selectors may read of rows: ids, sources, lengths in tokens; of user turns openings, embeddings."""
+    texts = [row.user_text for row in rows]
     return {
         "row_id": np.array([row.row_id for row in rows], dtype=object),
         "source": np.array([row.source for row in rows], dtype=object),
         "num_prompt_tokens": np.array([row.num_prompt_tokens for row in rows]),
         "num_output_tokens": np.array([row.num_output_tokens for row in rows]),
-        "opening": np.array([" ".join(find_opening(text)) for text in instructions], dtype=object),
-        "embedding": embed(instructions),
+        "opening": np.array([" ".join(find_opening(text)) for text in texts], dtype=object),
+        "embedding": embed(texts),
     }
 
 

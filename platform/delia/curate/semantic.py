@@ -1,4 +1,4 @@
-"""Semantic duplicates among accepted instructions: cosines of embeddings, measured exactly.
+"""Semantic duplicates among accepted instructions: cosines of their user turns' embeddings, measured exactly.
 
     vectors of a block --SeenMeanings.open--> is_near(place), remember(place) in index order
 

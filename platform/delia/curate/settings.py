@@ -13,14 +13,15 @@ from delia.store.tasks import TaskConfig
 class CurateConfig(FilterConfig):
     """What is kept of the candidates; None switches a rule off.
 
-    `reject_template_leaks` refuses rows that spell a control token (`curate.leaks`).
-    `near_duplicate_threshold` is a Jaccard similarity of sets of word n-grams of `ngram` words (see
-    `curate.dedup` on short texts); `num_perm` is the size of a MinHash, and changes what is searched, not
-    what counts as similar. `overlap_ngram` is the number of words in a row that a row may not share with
+    `reject_template_leaks` refuses rows that spell a control token, and rows of files that spell a task token (see
+    `curate.leaks`).
+    `near_duplicate_threshold` is a Jaccard similarity of the user turns' sets of word n-grams of `ngram` words (see
+    `curate.dedup` on short texts and system turns); `num_perm` is the size of a MinHash, and changes what is searched,
+    not what counts as similar. `overlap_ngram` is the number of words in a row that a row may not share with
     dev or test, nor with the sets of `decontaminate`: files or directories as a task's, such as the
     benchmarks that an adapter will be scored on (`overlap.read_eval_rows`).
 
-    `semantic_threshold` is a cosine of the instructions' embeddings, and needs an `embedder` that knows
+    `semantic_threshold` is a cosine of the user turns' embeddings, and needs an `embedder` that knows
     meanings: "base" or a sentence-transformers directory (`curate.embedding`). Cosines of no two embedders
     lie alike: see the nearest distances of a pool's diversity report before choosing. `embedder` also
     serves that report and `select`, for which the default, "hashed", needs no model.

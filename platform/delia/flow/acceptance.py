@@ -115,6 +115,7 @@ class Acceptance:
         self._sources: dict[str, _Source] = {}
         self._round: tuple[str, ...] = ()
         self._stopped: dict[str, str] = {}
+        self._drawn: set[str] = set()
         self._cost = Cost()
 
     def begin(self, mark: str) -> None:
@@ -150,7 +151,7 @@ class Acceptance:
         source = self._sources[item.source]
         if source.rule.reason is None:  # else what is still under way is no part of the pool, nor of its cost
             if not isinstance(item, Screenings):
-                item = Screenings(batch=read_candidates(item, self._space.chat))
+                item = Screenings(batch=read_candidates(item, self._space.chat, self._curation.config))
             self._cost += item.batch.cost
             curator = self._curation.curators[item.source]
             decided = curator.feed(item.batch.candidates, rule=source.rule, screened=item.screened)
@@ -174,22 +175,37 @@ class Acceptance:
             " raise max_candidates, loosen curate or stop, or ask for fewer rows"
         )
 
-    def close(self) -> None:
+    def close(self, *, drawn: Sequence[str] = ()) -> None:
         """End the round: hold that each source gave what it was asked for, and select.
+
+        Args:
+            drawn: Those of its sources whose candidates are independent draws (`Dialogue.asks_alike`).
 
         Raises:
             PoolError: See `check_supply`.
         """
+        self._drawn.update(drawn)
         for name in self._round:
             self.check_supply(name)
             rule = self._sources[name].rule
             if self._curation.selector is not None:
                 self._select(name)
             if rule.reason != ENOUGH_ROWS:
-                self._stopped[name] = (
-                    f"{rule.reason}: {rule.num_accepted} of {rule.num_rows} rows, {rule.num_output_tokens} output"
-                    f" tokens, {rule.new_share:.2f} of the last instructions new"
-                )
+                self._stopped[name] = self._describe_end(name)
+
+    def _describe_end(self, name: str) -> str:
+        """Say what the pool has of a source that the stop rule ended, and out of how many rows it was chosen."""
+        source, wanted = self._sources[name], self._curation.num_rows[name]
+        rule = source.rule
+        choice = (
+            f", chosen from {rule.num_accepted} accepted ones, not from {rule.num_rows}"
+            if rule.num_rows > wanted
+            else ""
+        )
+        return (
+            f"{rule.reason}: {source.rows.num_rows} of {wanted} rows{choice}, {rule.num_output_tokens} output tokens,"
+            f" {rule.new_share:.2f} of the last instructions new"
+        )
 
     def read_rows(self, source: str) -> tuple[Row, ...]:
         """Return the accepted rows of a closed source: what later ones may feed on."""
@@ -205,7 +221,7 @@ class Acceptance:
         num_rows = progress.num_accepted
         sources = [self._sources[name] for name in sorted(self._sources)]
         rows = Chain(tuple(source.rows for source in sources))
-        details, metrics = self._curation.describe(rows, num_rows)
+        details, metrics = self._curation.describe(rows, num_rows, drawn=self._drawn)
         ledger = account(self._cost, num_rows)
         details |= {
             "template_hash": self._space.chat.template_hash,

@@ -7,7 +7,7 @@ Curation.describe                diversity -> the manifest's details and the log
 Curation.score                   likelihoods -> scores.parquet
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -55,20 +55,24 @@ class Curation:
         return select_rows(rows, self.selector, num_rows=num_rows, seed=seed, embed=self.embed)
 
     def describe(
-        self, tables: Iterable[pa.Table], num_rows: int
+        self, tables: Iterable[pa.Table], num_rows: int, *, drawn: Collection[str]
     ) -> tuple[dict[str, object], dict[str, float]]:
         """Measure the diversity of a pool; return the manifest's details and the metrics to log.
 
         Args:
             tables: Its rows.
             num_rows: How many they are.
+            drawn: Sources whose candidates are independent draws: how much is left is estimated of these alone.
         """
         report = measure_diversity(
             _pick(tables, choose_sample(num_rows)),
             self.embed,
             num_rows=num_rows,
             embedder=self.config.embedder,
-            novelty={name: curator.novelty.report() for name, curator in self.curators.items()},
+            novelty={
+                name: curator.novelty.report(is_drawn=name in drawn)
+                for name, curator in self.curators.items()
+            },
         )
         metrics = {
             "curate/distinct_2": report.distinct[1],
@@ -78,9 +82,11 @@ class Curation:
             "curate/cell_entropy": report.cell_entropy,
             "curate/opening_entropy": report.opening_entropy,
             "curate/new_unique_rate": self.measure_new_unique_rate(self.curators),
-            "curate/estimated_left": sum(item.estimated_left for item in report.novelty.values()),
             "curate/diversity_seconds": report.seconds,
         }
+        left = [item.estimated_left for item in report.novelty.values() if item.estimated_left is not None]
+        if left:
+            metrics["curate/estimated_left"] = sum(left)
         return {"diversity": report.to_details()}, metrics
 
     def measure_new_unique_rate(self, sources: Iterable[str]) -> float:

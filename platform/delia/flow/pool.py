@@ -187,10 +187,13 @@ class _Round:
             self._take(batch_imported(name, imports[name], size=synthesize.chunk_size), name)
             self.acceptance.check_supply(name)
         written = tuple(source for source in self.sources if source.rows is None)
+        drawn: list[str] = []
         if written:
             names = [source.name for source in written]
+            dialogue = self._open_dialogue(written, allowed_modules)
+            drawn = [name for name in names if dialogue.asks_alike(name)]
             synthesis = Synthesis(
-                self._open_dialogue(written, allowed_modules),
+                dialogue,
                 chunk_size=synthesize.chunk_size,
                 address=self.space.address("candidates", ""),
                 ended=self.ended,
@@ -199,7 +202,7 @@ class _Round:
             if engine is not None and not self.ended.issuperset(names):
                 with closing(synthesis.generate(engine)) as chunks:
                     self._take(chunks, *names)
-        self.acceptance.close()
+        self.acceptance.close(drawn=drawn)
 
     def _take(self, items: Iterable[StoredChunk | Batch], *names: str) -> None:
         """Accept of the items until the named sources have ended."""

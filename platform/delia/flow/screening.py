@@ -17,6 +17,7 @@ from typing import Any
 import ray
 
 from delia.chat import ChatEncoder
+from delia.curate.leaks import TEMPLATE_LEAK
 from delia.curate.rejection import reject
 from delia.curate.screening import Screened, Screener
 from delia.curate.settings import CurateConfig
@@ -54,27 +55,29 @@ class Screenings:
         return self.batch.source
 
 
-def read_candidates(item: StoredChunk | Batch, chat: ChatEncoder) -> Batch:
-    """Return the candidates of a chunk; or rows of a file, those that the template refuses as rejections.
+def read_candidates(item: StoredChunk | Batch, chat: ChatEncoder, curate: CurateConfig) -> Batch:
+    """Return the candidates of a chunk; or rows of a file, those that can't be taken as they are as rejections.
 
-    No one can train on a chat that the template refuses; the rejection's text says why.
+    No one can train on a chat that the template refuses; the rejection's text says why. A file that spells a task
+    token doesn't mean it, and the chat would be encoded with it: a template leak (`curate.leaks`).
 
     Raises:
         StoreError: The file of a chunk is missing or was changed.
     """
     if isinstance(item, StoredChunk):
         return item.read()
-    return replace(item, candidates=tuple(_render(candidate, chat) for candidate in item.candidates))
+    leaks = frozenset(chat.token_ids.values()) if curate.reject_template_leaks else frozenset()
+    return replace(item, candidates=tuple(_render(candidate, chat, leaks) for candidate in item.candidates))
 
 
-def _render(candidate: Row | Rejection, chat: ChatEncoder) -> Row | Rejection:
+def _render(candidate: Row | Rejection, chat: ChatEncoder, leaks: frozenset[int]) -> Row | Rejection:
     if isinstance(candidate, Rejection):
         return candidate
     try:
-        chat.encode_chat(candidate.messages)
+        ids = chat.encode_chat(candidate.messages).input_ids
     except ChatError as error:
         return replace(reject(candidate, UNRENDERABLE), text=str(error)[:MAX_REJECTED_TEXT])
-    return candidate
+    return candidate if leaks.isdisjoint(ids) else reject(candidate, TEMPLATE_LEAK)
 
 
 def describe_other_directory(space: Workspace) -> str:
@@ -104,7 +107,7 @@ class ScreenerActor:
             if isinstance(item, StoredChunk) and not exists(item.address):
                 raise StoreError(describe_other_directory(self._space))
             self._screener = open_screener(self._curate, self._space, eval_rows=self._eval_rows)
-        batch = read_candidates(item, self._space.chat)
+        batch = read_candidates(item, self._space.chat, self._curate)
         return Screenings(batch=batch, screened=self._screener.screen(batch.candidates))
 
 

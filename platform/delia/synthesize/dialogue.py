@@ -27,6 +27,9 @@ _ONE_THREAD = threading.Lock()
 MAX_TURNS = 16
 """No method needs more; one that never closes a candidate would run for ever."""
 
+_NUM_ASKED = 8
+"""Candidates whose first requests are compared."""
+
 UNRENDERABLE = "unrenderable"
 """Why a candidate is not asked further, or an imported row not taken: the chat template can't write the chat."""
 
@@ -79,9 +82,8 @@ class Dialogue:
         reads_task = getattr(method, "reads_task", True)
         seed_tasks = self.seed_tasks if reads_task else ()
         long_instruction = self.long_instruction if reads_task else ""
-        tokens = self.tokens if reads_task else ()
         contents = ((row.task_id, row.phrasing, hash_messages(row.messages)) for row in seed_tasks)
-        texts = [long_instruction, *tokens, *(text for content in contents for text in content)]
+        texts = [long_instruction, *self.tokens, *(text for content in contents for text in content)]
         if closed:
             texts.append(hash_text(*(row.leaf for row in closed)))
         context = SynthesisContext(
@@ -97,7 +99,7 @@ class Dialogue:
             ),
             chat=chat,
             seed_tasks=seed_tasks,
-            token=next(iter(tokens), ""),
+            token=next(iter(self.tokens), ""),
             long_instruction=long_instruction,
             closed=closed,
         )
@@ -119,6 +121,16 @@ class Dialogue:
                 refused = refused or error
         if refused is not None:
             raise ChatError(f"source {source!r}: no candidate of it can be asked for: {refused}") from refused
+
+    def asks_alike(self, source: str) -> bool:
+        """Tell whether all candidates of a source begin with one prompt: then they are draws from one distribution.
+
+        Those of a method that walks a list or a grid begin with another prompt each; the first few tell.
+        """
+        method, context = self.part(source)
+        steps = [self._step(method, context, index, []) for index in range(_NUM_ASKED)]
+        asked = {replace(step, request_id="", seed=0) for step in steps if isinstance(step, Request)}
+        return len(asked) == 1 and all(isinstance(step, Request) for step in steps)
 
     def __call__(self, block: pa.Table, ask: Ask) -> pa.Table:
         """Make the candidates of one chunk.

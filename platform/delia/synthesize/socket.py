@@ -50,6 +50,10 @@ class SynthesisContext:
         """Return a text with a word in the place of the task's token, which no model knows yet."""
         return text.replace(self.token, stand_in) if self.token else text
 
+    def spells_token(self, text: str) -> bool:
+        """Tell whether what a model wrote holds a task token: it knows none, but the text would be encoded as one."""
+        return any(token in text for token in {self.token, *self.chat.token_ids} if token)
+
     @cached_property
     def chats(self) -> tuple[Messages, ...]:
         """What a method that feeds on rows reads: the closed rounds, or the task's rows without them."""
@@ -71,6 +75,8 @@ class SynthesisContext:
         text = self.say(completions[0])
         if not text or completions[0].finish_reason != "stop":
             return self.reject(index, "unfinished" if text else "no_instruction", text, completions)
+        if self.spells_token(text):
+            return self.reject(index, "template_leak", text, completions)
         question = (*before, Message(role="user", content=text))
         if len(completions) == 1:
             return self.ask(index, question, turn="answer")
@@ -119,7 +125,7 @@ class Synthesizer(Protocol):
     """A method of synthesis; a frozen value whose fields are its knobs.
 
     One that needs nothing of the task has the class variable `reads_task` = False: its context is without the task's
-    rows, token and long instruction, and its candidates are found again when those have changed.
+    rows and long instruction, and its candidates are found again when those have changed.
     """
 
     def __call__(

@@ -34,6 +34,8 @@ class Rewriting:
         text = context.say(completions[0])
         if not text:
             return context.reject(index, "no_instruction", text, completions)
+        if context.spells_token(text):
+            return context.reject(index, "template_leak", text, completions)
         if context.token and context.token in wording:
             if text.count(self.stand_in) != wording.count(context.token):
                 return context.reject(index, "lost_token", text, completions)
