@@ -21,6 +21,14 @@ def test_magpie_prompts_with_the_user_prefix_and_answers_what_it_wrote(context, 
     assert list(reply.prompt_ids) == chat.encode_prompt((Message(role="user", content="what is the fox ?"),))
 
 
+def test_magpies_instruction_ends_where_the_template_ends_a_users_turn(context, ask_first, say):
+    reply = Magpie()(context, 0, [say(context, 0, "what is the fox ?")])
+
+    assert ask_first(Magpie(), context, 0).end_ids == context.chat.user_end_ids != ()
+    assert isinstance(reply, Request)
+    assert reply.end_ids == ()
+
+
 def test_magpie_puts_its_system_turn_before_both_turns_and_into_the_row(context, say, ask_first):
     method, chat = Magpie(system="be short ."), context.chat
     first, second = say(context, 0, "what is the fox ?"), say(context, 0, "red", finish_reason="length")

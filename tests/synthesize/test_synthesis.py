@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,15 +10,16 @@ import pytest
 from pydantic import ValidationError
 
 from delia.config import MethodConfig
+from delia.curate import leaks
 from delia.errors import ConfigError, StoreError
-from delia.generate.engine import EngineConfig, SamplingConfig
+from delia.generate.engine import Completion, EngineConfig, Request, SamplingConfig
 from delia.rng import hash_text
-from delia.schema import Message, Row, SeedTask
-from delia.store.candidates import Candidate
+from delia.schema import Message, Rejection, Row, SeedTask
+from delia.store.candidates import Candidate, from_candidate_table
 from delia.store.models import ModelConfig
 from delia.store.tables import list_names, read_table, write_table
-from delia.synthesize.dialogue import Dialogue
-from delia.synthesize.pipeline import StoredChunk, Synthesis, plan_chunks
+from delia.synthesize.dialogue import TEMPLATE_LEAK, Dialogue
+from delia.synthesize.pipeline import Chunk, StoredChunk, Synthesis, plan_chunks
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
 
 STARTER = ModelConfig(path="package://delia.starter/weights")
@@ -240,6 +241,52 @@ def test_rows_and_rejections_carry_their_source_their_reason_and_their_cost(loca
         assert row.messages[0].content == SYSTEM
         assert row.num_prompt_tokens > len(SYSTEM.split())
     assert all(before.index < after.index for before, after in pairwise(candidates))
+
+
+# ---- what is rejected whatever the method
+
+
+def answer_with(*turns: list[int]) -> Callable[[Sequence[Request]], list[Completion]]:
+    """Return an engine that says the same to every candidate, turn by turn."""
+    left = iter(turns)
+
+    def ask(requests: Sequence[Request]) -> list[Completion]:
+        ids = tuple(next(left))
+        return [Completion(request_id=i.request_id, token_ids=ids, finish_reason="stop") for i in requests]
+
+    return ask
+
+
+def make_one(dialogue: Dialogue, *turns: list[int]) -> Candidate:
+    block = Chunk(0.0, "magpie", 0, 1).to_block()
+    return from_candidate_table(dialogue(block, answer_with(*turns)))[0]
+
+
+@pytest.mark.parametrize(
+    ("place", "token", "text"), [(4, "<|user|>", "{}<|user|>{}"), (6, "<sep>", "{}<sep>{}")]
+)
+@pytest.mark.parametrize("turn", [0, 1])
+def test_an_answer_with_a_control_or_task_token_is_rejected_with_its_text(turn, place, token, text):
+    dialogue = make_dialogue(make_config(), task_tokens={"<sep>": 6}, tokens=("<sep>",))
+    chat = dialogue.part("magpie")[1].chat
+    words = chat.tokenizer.encode(" it is 4", add_special_tokens=False)
+    turns = [words] * turn + [[*words, place, *words]]
+    candidate = make_one(dialogue, *turns)
+
+    assert isinstance(make_one(dialogue, words, words), Row)
+    assert isinstance(candidate, Rejection)
+    assert candidate.reason == TEMPLATE_LEAK == leaks.TEMPLATE_LEAK
+    assert candidate.text == text.format(" it is 4", " it is 4")
+    assert candidate.num_output_tokens == sum(map(len, turns))
+
+
+def test_a_prompt_without_room_is_rejected_with_what_was_spent_before_it():
+    dialogue = make_dialogue(make_config(), max_length=54)
+    words = dialogue.part("magpie")[1].chat.tokenizer.encode(" it is 4" * 12, add_special_tokens=False)
+    candidate = make_one(dialogue, words)
+
+    assert isinstance(candidate, Rejection)
+    assert (candidate.reason, candidate.num_output_tokens) == ("prompt_too_long", len(words))
 
 
 # ---- settings

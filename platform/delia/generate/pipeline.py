@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
         ("temperature", pa.float64()),
         ("max_tokens", pa.int64()),
         ("json_schema", pa.string()),
+        ("end_ids", pa.list_(pa.int32())),
     ]
 )
 """The columns of a block of requests."""
@@ -136,7 +137,12 @@ class BusyClock:
 
 def answer_requests(block: pa.Table, ask: Ask) -> pa.Table:
     """Answer a block of requests once each: the plainest script."""
-    completions = ask([Request(**row, prompt_ids=tuple(ids)) for row, ids in _split_ids(block)])
+    completions = ask(
+        [
+            Request(**{**row, "end_ids": tuple(row["end_ids"])}, prompt_ids=tuple(ids))
+            for row, ids in _split_ids(block)
+        ]
+    )
     return pa.table(
         {
             "request_id": [item.request_id for item in completions],

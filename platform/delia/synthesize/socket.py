@@ -34,12 +34,15 @@ class SynthesisContext:
         """Return a candidate's id: the recipe's hash and its index."""
         return hash_text(self.recipe, str(index))
 
-    def request(self, index: int, prompt_ids: Sequence[int], *, turn: str) -> Request:
+    def request(
+        self, index: int, prompt_ids: Sequence[int], *, turn: str, end_ids: tuple[int, ...] = ()
+    ) -> Request:
         """Build a request whose sampling seed comes from the candidate's id and the turn's name."""
         return Request(
             request_id=f"{self.source}:{index}",
             prompt_ids=tuple(prompt_ids),
             seed=derive_seed(self.row_id(index), turn),
+            end_ids=end_ids,
         )
 
     def ask(self, index: int, messages: Messages, *, turn: str) -> Request:
