@@ -15,6 +15,7 @@ from delia.flow.pool import PoolConfig, build_pool
 from delia.flow.preflight import check_sources
 from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.methods.synthesizer.magpie import Magpie
+from delia.store.tables import read_table
 from delia.store.tasks import TaskConfig
 from delia.synthesize.socket import SynthesisContext
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
@@ -85,6 +86,23 @@ def test_rows_of_a_file_become_a_source_in_the_files_order_and_cost_nothing(
     assert [(item.reason, item.index) for item in read_back(space, config)] == [("duplicate", 2)]
 
 
+def test_rows_of_a_file_have_lengths_and_are_held_to_their_limits(space, tmp_path, build, read_back):
+    """They cost nothing: a budget of generated tokens does not end their source."""
+    rows = write_rows(tmp_path / "rows.jsonl", "the fox", "the owl " * 60, "the cat")
+    config = make_pool_config(
+        make_source("file", rows=rows, num_rows=2), stop=StopConfig(max_output_tokens=1)
+    )
+    curate = config.curate.model_copy(update={"max_prompt_tokens": 100})
+    config = config.model_copy(update={"curate": curate})
+    pool = build(space, config, num_replicas=None)
+
+    assert [row.instruction for row in pool.rows] == ["the fox", "the cat"]
+    assert [(item.reason, item.index) for item in read_back(space, config)] == [("too_long", 1)]
+    for row in pool.rows:
+        assert row.num_prompt_tokens == len(space.chat.encode_prompt(row.messages[:-1]))
+        assert row.num_output_tokens == sum(space.chat.encode_chat(row.messages).loss_mask)
+
+
 def test_a_malformed_row_of_a_file_is_a_rejection_with_its_place_and_ends_no_job(
     space, tmp_path, local_acceptance, build, read_back
 ):
@@ -153,10 +171,17 @@ def test_a_budget_of_tokens_ends_a_source_at_a_place_that_its_candidates_decide(
         space = dataclasses.replace(opened, output_dir=str(tmp_path / str(order_seed)))
         config = make_pool_config(web_source, stop=StopConfig(max_output_tokens=200))
         pools.append(build(space, config))
-    decided = [*pools[0].rows, *read_back(space, config)]
+    decided = {item.row_id for item in (*pools[0].rows, *read_back(space, config))}
+    chunks = [read_table(str(path)) for path in (Path(space.output_dir) / "candidates").rglob("*.parquet")]
+    spent = [
+        item["spent_output_tokens"]
+        for chunk in chunks
+        for item in chunk.to_pylist()
+        if item["row_id"] in decided
+    ]
 
     assert pools[0].rows == pools[1].rows
-    assert 200 <= sum(item.num_output_tokens for item in decided) < 200 + 2 * 16
+    assert 200 <= sum(spent) < 200 + 2 * 16
     assert pools[0].manifest.details["stopped"]["web"].startswith("tokens: ")
 
 

@@ -158,5 +158,14 @@ def test_s3ft_rephrases_the_reference_and_falls_back_on_it(one, close):
     assert reference.messages[-1].content == "red"
 
 
+def test_the_lengths_of_a_row_are_its_own_and_not_those_of_what_it_took_to_make_it(one, close):
+    reference = close(one, "grey " * 40, NO, "blue " * 40, NO)
+    prompt = one.chat.encode_prompt((Message(role="user", content="what is the fox ?"),))
+
+    assert isinstance(reference, Row)
+    assert reference.messages[-1].content == "red"
+    assert (reference.num_prompt_tokens, reference.num_output_tokens) == (len(prompt), 1 + 1)
+
+
 def test_a_verdict_that_was_cut_is_no_agreement(one, close):
     assert isinstance(close(one, "grey", '{"same": t'), Request)

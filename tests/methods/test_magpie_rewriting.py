@@ -44,8 +44,8 @@ def test_magpie_puts_its_system_turn_before_both_turns_and_into_the_row(context,
         source="s",
         messages=(*turns, Message(role="assistant", content="red")),
         finish_reason="length",
-        num_prompt_tokens=5,
-        num_output_tokens=5 + 1,
+        num_prompt_tokens=len(chat.encode_prompt(turns)),
+        num_output_tokens=1 + 1,  # with its end
     )
 
 

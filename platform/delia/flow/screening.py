@@ -28,6 +28,7 @@ from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, SeedTask
 from delia.store.tables import exists
 from delia.synthesize.dialogue import UNRENDERABLE
 from delia.synthesize.pipeline import Batch, StoredChunk
+from delia.synthesize.socket import measure_row
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Screenings:
 
 
 def read_candidates(item: StoredChunk | Batch, chat: ChatEncoder) -> Batch:
-    """Return the candidates of a chunk; or rows of a file, those that the template refuses as rejections.
+    """Return the candidates of a chunk; or rows of a file, measured, those that the template refuses as rejections.
 
     No one can train on a chat that the template refuses; the rejection's text says why.
 
@@ -71,10 +72,9 @@ def _render(candidate: Row | Rejection, chat: ChatEncoder) -> Row | Rejection:
     if isinstance(candidate, Rejection):
         return candidate
     try:
-        chat.encode_chat(candidate.messages)
+        return measure_row(candidate, chat)
     except ChatError as error:
         return replace(reject(candidate, UNRENDERABLE), text=str(error)[:MAX_REJECTED_TEXT])
-    return candidate
 
 
 def describe_other_directory(space: Workspace) -> str:

@@ -137,12 +137,7 @@ class BusyClock:
 
 def answer_requests(block: pa.Table, ask: Ask) -> pa.Table:
     """Answer a block of requests once each: the plainest script."""
-    completions = ask(
-        [
-            Request(**{**row, "end_ids": tuple(row["end_ids"])}, prompt_ids=tuple(ids))
-            for row, ids in _split_ids(block)
-        ]
-    )
+    completions = ask([Request(**row, prompt_ids=tuple(ids)) for row, ids in _split_ids(block)])
     return pa.table(
         {
             "request_id": [item.request_id for item in completions],
@@ -156,7 +151,8 @@ def answer_requests(block: pa.Table, ask: Ask) -> pa.Table:
 
 
 def _split_ids(batch: pa.Table) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    rest = batch.drop_columns(["prompt_ids"]).to_pylist()
+    rows = batch.drop_columns(["prompt_ids"]).to_pylist()
+    rest = [{**row, "end_ids": tuple(row["end_ids"])} for row in rows]
     return zip(rest, batch.column("prompt_ids").to_pylist(), strict=True)
 
 

@@ -19,7 +19,7 @@ from delia.generate.engine import EngineConfig
 from delia.generate.pipeline import run_script
 from delia.rng import hash_text
 from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, SeedTask, hash_messages
-from delia.store.candidates import Candidate, Cost, from_candidate_table, sum_cost
+from delia.store.candidates import Candidate, Cost, from_candidate_table, read_spent, sum_cost
 from delia.store.tables import join, list_names, read_table, write_table
 from delia.store.tasks import read_import
 from delia.synthesize.dialogue import Dialogue
@@ -53,11 +53,15 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Candidates of one source in index order, and what they cost when they were made."""
+    """Candidates of one source in index order, and what they cost when they were made.
+
+    `spent` are the output tokens of each, in all its turns; empty where none cost any.
+    """
 
     source: str
     candidates: tuple[Candidate, ...]
     cost: Cost = field(default_factory=Cost)
+    spent: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,7 @@ class StoredChunk:
             )
         candidates = from_candidate_table(table, address=self.address)
         own = tuple(replace(item, source=self.source) for item in candidates)
-        return Batch(source=self.source, candidates=own, cost=sum_cost(table))
+        return Batch(source=self.source, candidates=own, cost=sum_cost(table), spent=read_spent(table))
 
 
 def plan_chunks(sources: Sequence[SourceConfig], chunk_size: int) -> list[Chunk]:

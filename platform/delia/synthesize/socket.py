@@ -8,7 +8,7 @@ on, `closed`, are accepted rows of sources that are finished.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -92,19 +92,27 @@ class SynthesisContext:
         Args:
             index: The candidate's.
             messages: What is answered.
-            completions: All turns of the candidate; their tokens are its cost.
+            completions: All turns of the candidate.
             answer: Which of them answers; None is the last.
         """
         chosen = answer or completions[-1]
-        return Row(
+        whole = (*messages, Message(role="assistant", content=self.say(chosen)))
+        return self.keep(index, whole, finish_reason=chosen.finish_reason)
+
+    def keep(self, index: int, messages: Messages, *, finish_reason: str = "stop") -> Row:
+        """Build a row of a whole chat; its lengths are the chat's own, whatever the candidate cost.
+
+        Raises:
+            ChatError: The template can't write the chat, so that no one could train on it.
+        """
+        row = Row(
             row_id=self.row_id(index),
             index=index,
             source=self.source,
-            messages=(*messages, Message(role="assistant", content=self.say(chosen))),
-            finish_reason=chosen.finish_reason,
-            num_prompt_tokens=chosen.num_prompt_tokens,
-            num_output_tokens=sum(len(item.token_ids) for item in completions),
+            messages=messages,
+            finish_reason=finish_reason,
         )
+        return measure_row(row, self.chat)
 
     def reject(self, index: int, reason: str, text: str, completions: Sequence[Completion] = ()) -> Rejection:
         """Build a rejection by the method itself."""
@@ -116,6 +124,16 @@ class SynthesisContext:
             text=text[:MAX_REJECTED_TEXT],
             num_output_tokens=sum(len(item.token_ids) for item in completions),
         )
+
+
+def measure_row(row: Row, chat: ChatEncoder) -> Row:
+    """Return a row with the lengths of its prompt and of its last answer, that answer's end included.
+
+    Raises:
+        ChatError: The template can't write the chat.
+    """
+    encoded = chat.encode_chat(row.messages)
+    return replace(row, num_prompt_tokens=encoded.num_prompt_tokens, num_output_tokens=sum(encoded.loss_mask))
 
 
 class Synthesizer(Protocol):

@@ -5,7 +5,6 @@ https://arxiv.org/abs/2408.10841 (who wrote them is not known). The model does n
 so `stand_in` takes its place while the model rewrites and the token is put back where it stood.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,8 +41,8 @@ class Rewriting:
             return context.reject(index, "unchanged", text, completions)
         question = Message(role="user", content=seed_task.prompt[-1].content.replace(wording, text))
         answer = Message(role="assistant", content=seed_task.reference or "")
-        row = context.row(index, (), completions)
-        return dataclasses.replace(row, messages=(*seed_task.prompt[:-1], question, answer))
+        messages = (*seed_task.prompt[:-1], question, answer)
+        return context.keep(index, messages, finish_reason=completions[0].finish_reason)
 
 
 def _find_wording(seed_task: SeedTask) -> str:

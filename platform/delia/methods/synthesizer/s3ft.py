@@ -59,8 +59,7 @@ class S3FT:
             if len(completions) == 2:
                 text = self.rephrase.format(question=prompt[-1].content, reference=reference.content)
                 return context.ask(index, (Message(role="user", content=text),), turn="rephrasing")
-        row = context.row(index, prompt, completions)
-        return dataclasses.replace(row, messages=(*prompt, reference), finish_reason="stop")
+        return context.keep(index, (*prompt, reference))
 
     def _ask_judge(
         self, context: SynthesisContext, index: int, prompt: Messages, answer: str, turn: int
