@@ -138,6 +138,47 @@ def test_a_phrasing_that_is_only_a_label_leaves_the_whole_question_to_be_rewritt
     assert [message.content for message in row.messages] == ["tell me the fox .", "red"]
 
 
+@pytest.mark.parametrize(
+    ("question", "phrasing"),
+    [
+        ("add 11 to 10 and give 21", "1"),  # in no whole word
+        ("be short . say 1 or be short .", "be short ."),  # twice
+    ],
+)
+def test_a_phrasing_that_does_not_stand_there_once_in_whole_words_is_a_label(
+    context, question, phrasing, say
+):
+    one = make_context(context, question, phrasing=phrasing)
+    row = Rewriting()(one, 0, [say(one, 0, "one")])
+
+    assert isinstance(row, Row)
+    assert [message.content for message in row.messages] == ["one", "red"]
+
+
+@pytest.mark.parametrize(
+    ("question", "phrasing", "rewritten"),
+    [
+        ("add 1 to 10 : be short .", "be short .", "add 1 to 10 : say little ."),
+        ("add 1 to 10", "1", "add say little . to 10"),
+        ("the fox(be short)now", "(be short)", "the foxsay little .now"),
+    ],
+)
+def test_a_rewriting_takes_the_place_of_the_instruction_and_of_nothing_else(
+    context, question, phrasing, rewritten, say
+):
+    one = make_context(context, question, phrasing=phrasing)
+    row = Rewriting()(one, 0, [say(one, 0, "say little .")])
+
+    assert isinstance(row, Row)
+    assert row.messages[0].content == rewritten
+
+
+@pytest.mark.parametrize("request_text", ["say it in other words", "say {instruction} in {language}"])
+def test_a_request_that_can_not_be_filled_with_an_instruction_is_refused(request_text):
+    with pytest.raises(TypeError, match="^request (takes|has no braces but) {instruction}"):
+        Rewriting(request=request_text)
+
+
 def test_rewriting_goes_round_the_train_rows(context, ask_first):
     size = len(context.seed_tasks)
     method = Rewriting()

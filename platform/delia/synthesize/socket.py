@@ -136,6 +136,31 @@ def measure_row(row: Row, chat: ChatEncoder) -> Row:
     return replace(row, num_prompt_tokens=encoded.num_prompt_tokens, num_output_tokens=sum(encoded.loss_mask))
 
 
+def check_request(knob: str, text: str, needed: Sequence[str], *, optional: Sequence[str] = ()) -> None:
+    """Hold that a knob's text has what is put into it in braces, and no other braces.
+
+    Args:
+        knob: Its name.
+        text: Its value.
+        needed: The fields that it must have.
+        optional: Those that it may have.
+
+    Raises:
+        TypeError: It is not so; `config.build_method` says of which method.
+    """
+    marked = {name: f"\0{name}\0" for name in (*needed, *optional)}
+    fields = " ".join(f"{{{name}}}" for name in marked)
+    try:
+        filled = text.format(**marked)
+    except (LookupError, ValueError, AttributeError) as error:
+        raise TypeError(
+            f"{knob} has no braces but {fields}, got {text!r} ({error!r}); double a brace that is text"
+        ) from error
+    missing = " ".join(f"{{{name}}}" for name in needed if marked[name] not in filled)
+    if missing:
+        raise TypeError(f"{knob} takes {fields}, and {text!r} is without {missing}; put it in")
+
+
 class Synthesizer(Protocol):
     """A method of synthesis; a frozen value whose fields are its knobs."""
 
