@@ -39,11 +39,6 @@ class EncodedChat:
     input_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Return the number of ids before the first that the loss counts."""
-        return self.loss_mask.index(True)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChatEncoder:
@@ -145,7 +140,7 @@ class ChatEncoder:
         Raises:
             ChatError: The chat is too long and `on_long` is "error", or no id of the prompt would be left.
         """
-        num_ids, num_prompt = len(chat.input_ids), chat.num_prompt_tokens
+        num_ids, num_prompt = len(chat.input_ids), chat.loss_mask.index(True)
         excess = num_ids - max_length
         if excess <= 0:
             return chat
@@ -260,7 +255,7 @@ def check_prompt(encoder: ChatEncoder) -> None:
     """
     prompt, answer = Message(role="user", content="the"), Message(role="assistant", content="the")
     chat, prompt_ids = encoder.encode_chat((prompt, answer)), encoder.encode_prompt((prompt,))
-    start = chat.num_prompt_tokens
+    start = chat.loss_mask.index(True)
     if list(chat.input_ids[:start]) != prompt_ids:
         raise ChatError(
             f"the template prompts for an answer with {prompt_ids}, but writes {list(chat.input_ids[:start])}"

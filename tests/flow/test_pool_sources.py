@@ -12,7 +12,7 @@ from delia.curate.settings import CurateConfig
 from delia.curate.stopping import StopConfig
 from delia.errors import ConfigError, PoolError, TaskFileError
 from delia.flow.pool import PoolConfig, build_pool
-from delia.flow.preflight import check_sources
+from delia.flow.supply import check_sources
 from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.methods.synthesizer.magpie import Magpie
 from delia.store.tables import read_table
@@ -110,7 +110,7 @@ def test_a_malformed_row_of_a_file_is_a_rejection_with_its_place_and_ends_no_job
     lines = Path(rows.path).read_text().split("\n")
     Path(rows.path).write_text("\n".join((lines[0], '{"messages": []}', lines[2], "{", lines[3])))
     config = make_pool_config(make_source("file", rows=rows, num_rows=3))
-    check_sources(config)
+    check_sources(config, ())
     pool = build(space, config, num_replicas=None)
     rejections = read_back(space, config)
 
@@ -131,7 +131,10 @@ def test_a_file_of_malformed_rows_alone_is_refused_with_the_first(space, tmp_pat
     path.write_text('{"question": "the fox", "answer": "red"}\n' * 3)
     config = make_pool_config(make_source("file", rows=TaskConfig(path=str(path)), num_rows=3))
 
-    for begin in (check_sources, lambda config: build(space, config, num_replicas=None)):
+    for begin in (
+        lambda config: check_sources(config, ()),
+        lambda config: build(space, config, num_replicas=None),
+    ):
         with pytest.raises(TaskFileError, match=r"line 1: .* fit no layout.*none of the 3 rows"):
             begin(config)
 

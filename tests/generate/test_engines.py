@@ -40,6 +40,12 @@ def test_completions_come_in_the_order_of_their_requests_with_their_ids_and_prom
     assert [item.num_prompt_tokens for item in completions] == [len(item.prompt_ids) for item in requests]
 
 
+@pytest.mark.parametrize("fields", [{"top_p": 0}, {"top_p": 2}, {"temperature": -1}, {"max_tokens": 0}])
+def test_sampling_that_no_engine_can_do_is_refused(fields):
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        SamplingConfig(**fields)
+
+
 def test_no_requests_give_no_completions(engine, chat):
     assert engine.generate([], SAMPLED, end_ids=chat.end_ids) == []
 

@@ -175,7 +175,7 @@ def test_a_rewriting_takes_the_place_of_the_instruction_and_of_nothing_else(
 
 @pytest.mark.parametrize("request_text", ["say it in other words", "say {instruction} in {language}"])
 def test_a_request_that_can_not_be_filled_with_an_instruction_is_refused(request_text):
-    with pytest.raises(TypeError, match="^request (takes|has no braces but) {instruction}"):
+    with pytest.raises(TypeError, match=r"^request (takes|has no braces but) {instruction}"):
         Rewriting(request=request_text)
 
 

@@ -61,9 +61,9 @@ class Completion:
 class SamplingConfig(FrozenConfig):
     """How tokens are drawn. Temperature 0 is greedy and ignores the seed."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 256
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_tokens: int = Field(default=256, gt=0)
 
 
 class ScriptedConfig(FrozenConfig):

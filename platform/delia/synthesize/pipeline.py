@@ -93,7 +93,7 @@ def plan_chunks(sources: Sequence[SourceConfig], chunk_size: int) -> list[Chunk]
     """Return all chunks that may be generated, sources interleaved in proportion to their rows."""
     chunks = []
     for source in sources:
-        wanted = source.max_candidates or 4 * source.num_rows
+        wanted = source.count_candidates(source.num_rows)
         for start in range(0, wanted, chunk_size):
             progress = (start + chunk_size / 2) / source.num_rows
             chunks.append(Chunk(progress, source.name, start, start + chunk_size))
@@ -101,13 +101,17 @@ def plan_chunks(sources: Sequence[SourceConfig], chunk_size: int) -> list[Chunk]
 
 
 def plan_rounds(config: SynthesizeConfig) -> list[tuple[SourceConfig, ...]]:
-    """Return the sources in rounds: one feeds on earlier rounds alone, and one model serves a round."""
+    """Return the sources in rounds: one feeds on earlier rounds alone, and one model serves a round.
+
+    Files are the first round: one that has too few rows is found before any engine starts.
+    """
     depth: dict[str, int] = {}
     rounds: dict[tuple[int, str], list[SourceConfig]] = {}
     for source in config.sources:
         depth[source.name] = max((depth[name] + 1 for name in source.feeds_on), default=0)
         served_by = source.model.model_dump_json() if source.model else ""
-        rounds.setdefault((depth[source.name], served_by), []).append(source)
+        key = (-1, "") if source.rows else (depth[source.name], served_by)
+        rounds.setdefault(key, []).append(source)
     return [tuple(rounds[key]) for key in sorted(rounds, key=lambda key: key[0])]
 
 

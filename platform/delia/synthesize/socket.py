@@ -10,7 +10,7 @@ on, `closed`, are accepted rows of sources that are finished.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from delia.chat import ChatEncoder
 from delia.generate.engine import Completion, Request
@@ -127,13 +127,14 @@ class SynthesisContext:
 
 
 def measure_row(row: Row, chat: ChatEncoder) -> Row:
-    """Return a row with the lengths of its prompt and of its last answer, that answer's end included.
+    """Return a row with the lengths of its prompt and of its last answer with its end: together all of its ids.
 
     Raises:
         ChatError: The template can't write the chat.
     """
     encoded = chat.encode_chat(row.messages)
-    return replace(row, num_prompt_tokens=encoded.num_prompt_tokens, num_output_tokens=sum(encoded.loss_mask))
+    num_prompt = encoded.loss_mask.index(True)
+    return replace(row, num_prompt_tokens=num_prompt, num_output_tokens=len(encoded.input_ids) - num_prompt)
 
 
 def check_request(knob: str, text: str, needed: Sequence[str], *, optional: Sequence[str] = ()) -> None:
@@ -159,6 +160,15 @@ def check_request(knob: str, text: str, needed: Sequence[str], *, optional: Sequ
     missing = " ".join(f"{{{name}}}" for name in needed if marked[name] not in filled)
     if missing:
         raise TypeError(f"{knob} takes {fields}, and {text!r} is without {missing}; put it in")
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """A method that has only so many candidates to give, whatever its index."""
+
+    def count_candidates(self, num_chats: int) -> int:
+        """Return how many it has where `SynthesisContext.chats` are so many."""
+        ...
 
 
 class Synthesizer(Protocol):

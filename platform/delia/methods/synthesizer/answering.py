@@ -28,6 +28,10 @@ class Answering:
     demonstrated: bool = False
     temperature: float | None = None
 
+    def count_candidates(self, num_chats: int) -> int:
+        """Return how many chats can be answered once each."""
+        return num_chats
+
     def __call__(
         self, context: SynthesisContext, index: int, completions: Sequence[Completion]
     ) -> Request | Row | Rejection:

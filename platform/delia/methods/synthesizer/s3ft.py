@@ -49,6 +49,10 @@ class S3FT:
         check_request("judge", self.judge, ("reference", "answer"), optional=("question",))
         check_request("rephrase", self.rephrase, ("reference",), optional=("question",))
 
+    def count_candidates(self, num_chats: int) -> int:
+        """Return how many chats can be answered once each."""
+        return num_chats
+
     def __call__(
         self, context: SynthesisContext, index: int, completions: Sequence[Completion]
     ) -> Request | Row | Rejection:
