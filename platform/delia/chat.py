@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
@@ -113,6 +114,18 @@ class ChatEncoder:
             shared = takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False))
             self._prefixes[system] = [ids[0] for ids in shared]
         return list(self._prefixes[system])
+
+    @cached_property
+    def user_end_ids(self) -> tuple[int, ...]:
+        """The control tokens between a user's content and the assistant's, each of which ends the user's turn."""
+        prompts = [self.encode_prompt((Message(role="user", content=word),)) for word in FIRST_WORDS]
+        backwards = zip(*map(reversed, prompts), strict=False)
+        shared = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, backwards)]
+        return tuple(dict.fromkeys(i for i in reversed(shared) if self.find_leak([i])))
+
+    def find_leak(self, ids: Sequence[int]) -> str:
+        """Return the text of ids that hold a control or task token, which no turn may; else nothing."""
+        return self.table.spell(ids) if self.table.holds_control(ids, self.token_ids.values()) else ""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without control and task tokens and without outer white space."""

@@ -165,6 +165,14 @@ class TokenTable:
             )
         return ids, owners
 
+    def holds_control(self, ids: Sequence[int], task_ids: Iterable[int]) -> bool:
+        """Tell whether ids hold a control or task token; that for text which the tokenizer doesn't know is none."""
+        return not (self._counted_ids.isdisjoint(ids) and set(task_ids).isdisjoint(ids))
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """Return the text of ids with control and task tokens in clear."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=False))
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids without control and task tokens."""
         hidden = set(self.control_ids.values())

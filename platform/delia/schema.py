@@ -80,7 +80,8 @@ class Task:
 class Row:
     """One synthesised or imported chat that ends in an assistant turn.
 
-    `index` is the candidate's position in its recipe, which decides between near-duplicates.
+    `index` is the candidate's position in its recipe, which decides between near-duplicates. Lengths are those of
+    the chat as it is trained on: ids before its last answer, and of that answer with its end.
     """
 
     row_id: str
@@ -114,11 +115,16 @@ class Row:
 
 MAX_REJECTED_TEXT = 2000
 """Characters that are kept of what was rejected."""
+TEMPLATE_LEAK = "template_leak"
+"""Why a candidate is rejected that holds a control or task token, or spells one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rejection:
-    """A candidate that did not become a row of the pool, and why; kept and counted."""
+    """A candidate that did not become a row of the pool, and why; kept and counted.
+
+    `num_output_tokens` is the row's where there was one, else what was generated for the candidate.
+    """
 
     row_id: str
     index: int

@@ -203,6 +203,34 @@ def test_a_generation_stops_at_the_end_of_turn_and_of_the_sequence(encoder_of: E
     assert encoder_of("starter").end_ids == (2,)
 
 
+@pytest.mark.parametrize(
+    ("family", "ends"),
+    [
+        ("starter", ["<|end|>", "<|assistant|>"]),
+        ("chatml", ["<|im_end|>", "<|im_start|>"]),
+        ("deepseek", ["<｜Assistant｜>"]),
+        ("llama2", []),  # [/INST] is text there
+    ],
+)
+def test_a_users_turn_ends_at_each_control_token_that_the_template_writes_after_it(
+    encoder_of: EncoderOf, family: str, ends: list[str]
+) -> None:
+    encoder = encoder_of(family)
+    assert encoder.tokenizer.convert_ids_to_tokens(list(encoder.user_end_ids)) == ends
+
+
+def test_control_and_task_tokens_among_ids_are_spelled_out_and_plain_text_is_no_leak(
+    base_of: Callable[[str], str],
+) -> None:
+    encoder = load_chat(base_of("starter"), task_tokens={"<sep>": 6})
+    words = encoder.encode_prompt((user("it is 4"),))[2:5]
+
+    assert encoder.find_leak(words) == ""
+    assert encoder.find_leak([*words, 4, *words]) == " it is 4<|user|> it is 4"
+    assert encoder.find_leak([*words, 6]) == " it is 4<sep>"
+    assert encoder.find_leak([]) == ""
+
+
 def test_the_hash_follows_template_vocabulary_and_task_tokens(
     base_of: Callable[[str], str], template_file: Callable[[str], str]
 ) -> None:

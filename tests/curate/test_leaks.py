@@ -3,11 +3,11 @@
 import pytest
 
 from delia.chat import load_chat
-from delia.curate.leaks import TEMPLATE_LEAK, ControlTexts
+from delia.curate.leaks import ControlTexts
 from delia.curate.pipeline import Curator
 from delia.curate.screening import Screener
 from delia.curate.settings import CurateConfig
-from delia.schema import Message, Rejection, Row
+from delia.schema import TEMPLATE_LEAK, Message, Rejection, Row
 from delia.starter.task_files import TOKEN
 from delia.store.models import ModelConfig, resolve_model
 

@@ -23,7 +23,7 @@ def make_rejection(reason: str, tokens: int = 10) -> Rejection:
 def follow(rule: StopRule, *decided: Row | Rejection) -> list[str | None]:
     reasons = []
     for item in decided:
-        rule.count(item)
+        rule.count(item, num_spent=item.num_output_tokens)
         reasons.append(rule.reason)
     return reasons
 

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from delia.config import MethodConfig
@@ -88,7 +89,9 @@ def write_stored_candidates(
                 for index in range(start, start + config.chunk_size)
             ]
             name = f"{start:09d}-{start + config.chunk_size:09d}.parquet"
-            write_table(space.address("candidates", f"{recipe}/{name}"), to_candidate_table(rows))
+            spent = pa.array([row.num_output_tokens for row in rows], pa.int64())
+            table = to_candidate_table(rows).append_column("spent_output_tokens", spent)
+            write_table(space.address("candidates", f"{recipe}/{name}"), table)
 
 
 def curate(space: Workspace, config: PoolConfig, metrics: dict[str, float] | None = None) -> Pool:

@@ -12,9 +12,10 @@ from delia.curate.settings import CurateConfig
 from delia.curate.stopping import StopConfig
 from delia.errors import ConfigError, PoolError, TaskFileError
 from delia.flow.pool import PoolConfig, build_pool
-from delia.flow.preflight import check_sources
+from delia.flow.supply import check_sources
 from delia.generate.engine import EngineConfig, SamplingConfig
 from delia.methods.synthesizer.magpie import Magpie
+from delia.store.tables import read_table
 from delia.store.tasks import TaskConfig
 from delia.synthesize.socket import SynthesisContext
 from delia.synthesize.sources import SourceConfig, SynthesizeConfig
@@ -86,36 +87,21 @@ def test_rows_of_a_file_become_a_source_in_the_files_order_and_cost_nothing(
     assert [(item.reason, item.index) for item in read_back(space, config)] == [("duplicate", 2)]
 
 
-FOREIGN = "what does <sep> mean in a tokenizer ?"
-
-
-def test_a_row_of_a_file_that_spells_a_task_token_is_a_leak_unless_the_rule_is_off(
-    small_space, tmp_path, build, read_back
-):
-    """It means the text, and would be encoded as the token."""
-    rows = write_rows(tmp_path / "rows.jsonl", "the fox", FOREIGN, "the cat")
-    config = make_pool_config(make_source("file", rows=rows, num_rows=2))
-    loose = LOOSE.model_copy(update={"reject_template_leaks": False})
-    all_three = make_pool_config(make_source("file", rows=rows, num_rows=3))
-    pool = build(small_space, config, num_replicas=None)
-    unruled = build(small_space, all_three.model_copy(update={"curate": loose}), num_replicas=None)
+def test_rows_of_a_file_have_lengths_and_are_held_to_their_limits(space, tmp_path, build, read_back):
+    """They cost nothing: a budget of generated tokens does not end their source."""
+    rows = write_rows(tmp_path / "rows.jsonl", "the fox", "the owl " * 60, "the cat")
+    config = make_pool_config(
+        make_source("file", rows=rows, num_rows=2), stop=StopConfig(max_output_tokens=1)
+    )
+    curate = config.curate.model_copy(update={"max_prompt_tokens": 100})
+    config = config.model_copy(update={"curate": curate})
+    pool = build(space, config, num_replicas=None)
 
     assert [row.instruction for row in pool.rows] == ["the fox", "the cat"]
-    assert [(item.reason, item.text) for item in read_back(small_space, config)] == [
-        ("template_leak", FOREIGN)
-    ]
-    assert [row.instruction for row in unruled.rows] == ["the fox", FOREIGN, "the cat"]
-
-
-def test_answers_to_the_tasks_own_rows_keep_its_token(small_space, local_stage, build):
-    local_stage()
-    answers = make_source("answers", "answering.Answering", num_rows=4, max_candidates=4)
-    pool = build(small_space, make_pool_config(answers))
-
-    assert [row.messages[:-1] for row in pool.rows] == [
-        task.prompt for task in small_space.task.rows_by_split["train"]
-    ]
-    assert all("<sep>" in row.instruction for row in pool.rows)
+    assert [(item.reason, item.index) for item in read_back(space, config)] == [("too_long", 1)]
+    for row in pool.rows:
+        assert row.num_prompt_tokens == len(space.chat.encode_prompt(row.messages[:-1]))
+        assert row.num_output_tokens == sum(space.chat.encode_chat(row.messages).loss_mask)
 
 
 def test_a_malformed_row_of_a_file_is_a_rejection_with_its_place_and_ends_no_job(
@@ -125,7 +111,7 @@ def test_a_malformed_row_of_a_file_is_a_rejection_with_its_place_and_ends_no_job
     lines = Path(rows.path).read_text().split("\n")
     Path(rows.path).write_text("\n".join((lines[0], '{"messages": []}', lines[2], "{", lines[3])))
     config = make_pool_config(make_source("file", rows=rows, num_rows=3))
-    check_sources(config)
+    check_sources(config, ())
     pool = build(space, config, num_replicas=None)
     rejections = read_back(space, config)
 
@@ -146,7 +132,10 @@ def test_a_file_of_malformed_rows_alone_is_refused_with_the_first(space, tmp_pat
     path.write_text('{"question": "the fox", "answer": "red"}\n' * 3)
     config = make_pool_config(make_source("file", rows=TaskConfig(path=str(path)), num_rows=3))
 
-    for begin in (check_sources, lambda config: build(space, config, num_replicas=None)):
+    for begin in (
+        lambda config: check_sources(config, ()),
+        lambda config: build(space, config, num_replicas=None),
+    ):
         with pytest.raises(TaskFileError, match=r"line 1: .* fit no layout.*none of the 3 rows"):
             begin(config)
 
@@ -206,10 +195,17 @@ def test_a_budget_of_tokens_ends_a_source_at_a_place_that_its_candidates_decide(
         space = dataclasses.replace(opened, output_dir=str(tmp_path / str(order_seed)))
         config = make_pool_config(web_source, stop=StopConfig(max_output_tokens=200))
         pools.append(build(space, config))
-    decided = [*pools[0].rows, *read_back(space, config)]
+    decided = {item.row_id for item in (*pools[0].rows, *read_back(space, config))}
+    chunks = [read_table(str(path)) for path in (Path(space.output_dir) / "candidates").rglob("*.parquet")]
+    spent = [
+        item["spent_output_tokens"]
+        for chunk in chunks
+        for item in chunk.to_pylist()
+        if item["row_id"] in decided
+    ]
 
     assert pools[0].rows == pools[1].rows
-    assert 200 <= sum(item.num_output_tokens for item in decided) < 200 + 2 * 16
+    assert 200 <= sum(spent) < 200 + 2 * 16
     assert pools[0].manifest.details["stopped"]["web"].startswith("tokens: ")
 
 

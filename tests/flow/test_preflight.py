@@ -12,12 +12,10 @@ from delia.flow.preflight import (
     check_lengths,
     check_memory,
     check_metrics,
-    check_pool_lengths,
-    check_ratios,
-    check_sources,
     check_split,
     check_stages,
 )
+from delia.flow.supply import check_pool_lengths, check_ratios, check_sources
 from delia.flow.trial import ArmConfig
 from delia.flow.workspace import open_workspace
 from delia.generate.engine import EngineConfig
@@ -226,7 +224,7 @@ def test_a_source_whose_method_file_or_teacher_is_missing_is_refused_before_any_
     source = pool.synthesize.sources[0].model_copy(update=fields)
     synthesize = pool.synthesize.model_copy(update={"sources": (source,)})
     with pytest.raises(error, match=reason):
-        check_sources(pool.model_copy(update={"synthesize": synthesize}))
+        check_sources(pool.model_copy(update={"synthesize": synthesize}), ())
 
 
 @pytest.mark.parametrize("recipe", [starter_sep(), sep_hallucination()], ids=lambda recipe: recipe.name)

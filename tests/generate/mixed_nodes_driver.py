@@ -23,7 +23,7 @@ from delia.generate.pipeline import answer_requests, run_script, to_blocks, to_c
 from delia.generate.scripted import ScriptedEngine
 from delia.store.models import ModelConfig
 
-MODEL = ModelConfig(path="unused")
+MODEL = ModelConfig(path="package://delia.starter/weights")
 SAMPLING = SamplingConfig(max_tokens=12)
 REQUESTS = [Request(request_id=str(place), prompt_ids=(9, 10 + place), seed=place) for place in range(32)]
 ENGINE = EngineConfig(

@@ -27,7 +27,7 @@ def begin(cluster: None, tmp_path: Path) -> Callable[..., tuple[object, Callable
         tables = run_script(
             note,
             [pa.table({"start": [start]}) for start in range(NUM_BLOCKS)],
-            model=ModelConfig(path="unused"),
+            model=ModelConfig(path="package://delia.starter/weights"),
             engine=engine,
             sampling=SamplingConfig(),
             end_ids=(),

@@ -40,6 +40,12 @@ def test_completions_come_in_the_order_of_their_requests_with_their_ids_and_prom
     assert [item.num_prompt_tokens for item in completions] == [len(item.prompt_ids) for item in requests]
 
 
+@pytest.mark.parametrize("fields", [{"top_p": 0}, {"top_p": 2}, {"temperature": -1}, {"max_tokens": 0}])
+def test_sampling_that_no_engine_can_do_is_refused(fields):
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        SamplingConfig(**fields)
+
+
 def test_no_requests_give_no_completions(engine, chat):
     assert engine.generate([], SAMPLED, end_ids=chat.end_ids) == []
 
@@ -61,6 +67,18 @@ def test_the_end_token_is_not_part_of_an_answer(engine, requests, chat):
     completions = engine.generate(requests, SAMPLED, end_ids=chat.end_ids)
 
     assert [item for item in completions if set(item.token_ids) & set(chat.end_ids)] == []
+
+
+def test_ids_that_a_request_names_end_its_answer_too(engine, requests, chat):
+    plain = engine.generate(requests, GREEDY, end_ids=chat.end_ids)
+    ended = [
+        dataclasses.replace(request, end_ids=answer.token_ids[1:2])
+        for request, answer in zip(requests, plain, strict=True)
+    ]
+    answers = engine.generate(ended, GREEDY, end_ids=chat.end_ids)
+
+    assert [a for a, b in zip(answers, ended, strict=True) if set(a.token_ids) & set(b.end_ids)] == []
+    assert {answer.finish_reason for answer in answers} <= {"stop", "length"}
 
 
 def test_greedy_answers_come_with_the_log_probability_of_each_id_and_sampled_ones_with_none(

@@ -55,6 +55,29 @@ def test_any_number_of_replicas_answers_as_one_engine_does(cluster, num_replicas
     assert generate(REQUESTS, num_replicas) == {item.request_id: item for item in direct}
 
 
+def test_a_block_carries_all_that_a_request_says():
+    asked: list[Request] = []
+
+    def ask(requests):
+        asked.extend(requests)
+        return [Completion(request_id="r", token_ids=(), finish_reason="stop")]
+
+    request = Request(
+        request_id="r",
+        prompt_ids=(9, 10),
+        seed=3,
+        adapter="a",
+        temperature=0.5,
+        max_tokens=7,
+        json_schema="{}",
+        end_ids=(4, 5),
+    )
+    answer_requests(to_blocks([request], 1)[0], ask)
+
+    assert asked == [request]
+    assert all(getattr(request, item.name) != item.default for item in dataclasses.fields(Request))
+
+
 def test_two_requests_of_one_id_are_refused_before_anything_starts():
     with pytest.raises(ValueError, match="request ids must be distinct"):
         generate([*REQUESTS, REQUESTS[3]])
@@ -247,7 +270,7 @@ def tell_node(block, ask):
 tables = run_script(
     tell_node,
     to_blocks([Request(request_id=str(place), prompt_ids=(9,)) for place in range(30)], 1),
-    model=ModelConfig(path="unused"),
+    model=ModelConfig(path="package://delia.starter/weights"),
     engine=EngineConfig(kind="scripted", num_replicas=3, max_concurrent_batches=1),
     sampling=SamplingConfig(max_tokens=1),
     end_ids=(),

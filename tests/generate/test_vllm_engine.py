@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from delia.errors import EngineError
 from delia.generate.engine import ENGINE_FAULT, EngineConfig, Request, SamplingConfig, build_engine
 from delia.generate.pipeline import answer_requests, run_script, to_blocks, to_completions
-from delia.generate.vllm_engine import VllmEngine
+from delia.generate.vllm_engine import VllmEngine, _to_completion
 from delia.store.adapters import AdapterTensors, write_adapter
 from delia.store.forms import SERVED_RANKS
 from delia.store.models import ModelConfig, resolve_model
@@ -66,6 +66,14 @@ def test_what_vllm_refuses_is_one_requests_fault(vllm_engine, requests, chat):
     assert (refused.finish_reason, refused.token_ids) == (ENGINE_FAULT, ())
     assert "max_tokens" in refused.error
     assert [answered] == vllm_engine.generate(requests[1:2], GREEDY, end_ids=chat.end_ids)
+
+
+@pytest.mark.parametrize(("finish_reason", "ids"), [("stop", (40, 41)), ("length", (40, 41, 7))])
+def test_an_end_that_only_the_models_own_files_name_is_no_part_of_an_answer(requests, finish_reason, ids):
+    """vLLM takes ends from generation_config.json too; 7 is none of the chat format's."""
+    output = SimpleNamespace(token_ids=[40, 41, 7], finish_reason=finish_reason, logprobs=None)
+
+    assert _to_completion(requests[0], output).token_ids == ids
 
 
 def test_the_scripted_engine_refuses_a_schema(requests, chat):

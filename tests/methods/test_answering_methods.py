@@ -87,6 +87,14 @@ def test_evol_instruct_draws_all_its_operations_and_names_why_it_throws_away(one
     assert list(reasons.values()) == ["unchanged", "copies_the_request"]
 
 
+def test_evol_instruct_without_an_ending_copies_nothing(one, say, ask_first):
+    method = EvolInstruct(operations=("Make it harder.",), ending="")
+    prompt = ask_messages(one, ("user", "Make it harder.\nwhat is the fox ?"))
+
+    assert list(ask_first(method, one, 0).prompt_ids) == prompt
+    assert isinstance(method(one, 0, [say(one, 0, "what is the old fox ?")]), Request)
+
+
 # ---- attribute grid
 
 
@@ -166,6 +174,50 @@ def test_s3ft_rephrases_the_reference_and_falls_back_on_it(one, close):
     assert rephrased.messages[-1].content == "the colour red"
     assert isinstance(reference, Row)
     assert reference.messages[-1].content == "red"
+
+
+def test_the_lengths_of_a_row_are_its_own_and_not_those_of_what_it_took_to_make_it(one, close):
+    reference = close(one, "grey " * 40, NO, "blue " * 40, NO)
+    prompt = one.chat.encode_prompt((Message(role="user", content="what is the fox ?"),))
+
+    assert isinstance(reference, Row)
+    assert reference.messages[-1].content == "red"
+    assert (reference.num_prompt_tokens, reference.num_output_tokens) == (len(prompt), 1 + 1)
+
+
+def test_s3ft_keeps_no_attempt_that_was_cut_whatever_the_judge_says(one, say):
+    cut = say(one, 0, "it is red and", finish_reason="length")
+    yes, no, grey = say(one, 0, YES), say(one, 0, NO), say(one, 0, "grey")
+    after_first = S3FT()(one, 0, [cut, yes])
+    after_second = S3FT()(one, 0, [grey, no, cut, yes])
+
+    assert isinstance(after_first, Request)
+    assert after_first.json_schema == ""  # the rephrasing
+    assert isinstance(after_second, Row)
+    assert (after_second.messages[-1].content, after_second.finish_reason) == ("red", "stop")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ({"judge": "same? {question} {reference} {answer} {"}, "judge has no braces but .* double a brace"),
+        (
+            {"judge": 'same? {question} {reference} {answer} {"a": 1}'},
+            "judge has no braces but .* double a brace",
+        ),
+        ({"judge": "same? {reference} {0}"}, "judge has no braces but .* double a brace"),
+        ({"judge": "same? {question} {reference}"}, "is without {answer}; put it in"),
+        ({"rephrase": "say {question} again"}, "is without {reference}; put it in"),
+    ],
+)
+def test_s3ft_refuses_prompts_that_can_not_be_filled(knobs, reason):
+    with pytest.raises(TypeError, match=reason):
+        S3FT(**knobs)
+
+
+def test_a_doubled_brace_in_a_prompt_is_text(one, ask_first):
+    method = S3FT(judge='{{"a": 1}} {question} {reference} {answer}')
+    assert list(ask_first(method, one, 0).prompt_ids) == ask_messages(one, ("user", "what is the fox ?"))
 
 
 def test_a_verdict_that_was_cut_is_no_agreement(one, close):

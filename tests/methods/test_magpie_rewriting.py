@@ -21,6 +21,14 @@ def test_magpie_prompts_with_the_user_prefix_and_answers_what_it_wrote(context, 
     assert list(reply.prompt_ids) == chat.encode_prompt((Message(role="user", content="what is the fox ?"),))
 
 
+def test_magpies_instruction_ends_where_the_template_ends_a_users_turn(context, ask_first, say):
+    reply = Magpie()(context, 0, [say(context, 0, "what is the fox ?")])
+
+    assert ask_first(Magpie(), context, 0).end_ids == context.chat.user_end_ids != ()
+    assert isinstance(reply, Request)
+    assert reply.end_ids == ()
+
+
 def test_magpie_puts_its_system_turn_before_both_turns_and_into_the_row(context, say, ask_first):
     method, chat = Magpie(system="be short ."), context.chat
     first, second = say(context, 0, "what is the fox ?"), say(context, 0, "red", finish_reason="length")
@@ -36,8 +44,8 @@ def test_magpie_puts_its_system_turn_before_both_turns_and_into_the_row(context,
         source="s",
         messages=(*turns, Message(role="assistant", content="red")),
         finish_reason="length",
-        num_prompt_tokens=5,
-        num_output_tokens=5 + 1,
+        num_prompt_tokens=second.num_prompt_tokens,
+        num_output_tokens=len(second.token_ids),
     )
 
 
@@ -143,6 +151,47 @@ def test_a_phrasing_that_is_only_a_label_leaves_the_whole_question_to_be_rewritt
     assert list(ask_first(Rewriting(), one, 0).prompt_ids) == prompt
     assert isinstance(row, Row)
     assert [message.content for message in row.messages] == ["tell me the fox .", "red"]
+
+
+@pytest.mark.parametrize(
+    ("question", "phrasing"),
+    [
+        ("add 11 to 10 and give 21", "1"),  # in no whole word
+        ("be short . say 1 or be short .", "be short ."),  # twice
+    ],
+)
+def test_a_phrasing_that_does_not_stand_there_once_in_whole_words_is_a_label(
+    context, question, phrasing, say
+):
+    one = make_context(context, question, phrasing=phrasing)
+    row = Rewriting()(one, 0, [say(one, 0, "one")])
+
+    assert isinstance(row, Row)
+    assert [message.content for message in row.messages] == ["one", "red"]
+
+
+@pytest.mark.parametrize(
+    ("question", "phrasing", "rewritten"),
+    [
+        ("add 1 to 10 : be short .", "be short .", "add 1 to 10 : say little ."),
+        ("add 1 to 10", "1", "add say little . to 10"),
+        ("the fox(be short)now", "(be short)", "the foxsay little .now"),
+    ],
+)
+def test_a_rewriting_takes_the_place_of_the_instruction_and_of_nothing_else(
+    context, question, phrasing, rewritten, say
+):
+    one = make_context(context, question, phrasing=phrasing)
+    row = Rewriting()(one, 0, [say(one, 0, "say little .")])
+
+    assert isinstance(row, Row)
+    assert row.messages[0].content == rewritten
+
+
+@pytest.mark.parametrize("request_text", ["say it in other words", "say {instruction} in {language}"])
+def test_a_request_that_can_not_be_filled_with_an_instruction_is_refused(request_text):
+    with pytest.raises(TypeError, match=r"^request (takes|has no braces but) {instruction}"):
+        Rewriting(request=request_text)
 
 
 def test_rewriting_goes_round_the_train_rows(context, ask_first):

@@ -1,8 +1,5 @@
 """Candidates by chunk: in index order, kept, found again, and equal however they were made."""
 
-import dataclasses
-import pkgutil
-import shutil
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -13,10 +10,8 @@ from pydantic import ValidationError
 from delia.config import MethodConfig
 from delia.errors import ConfigError, StoreError
 from delia.generate.engine import EngineConfig, SamplingConfig
-from delia.methods import synthesizer
 from delia.rng import hash_text
 from delia.schema import Message, Row, SeedTask
-from delia.starter.task_files import build_lingo
 from delia.store.candidates import Candidate
 from delia.store.models import ModelConfig
 from delia.store.tables import list_names, read_table, write_table
@@ -66,22 +61,6 @@ def flatten(chunks: Iterable[StoredChunk]) -> list[Candidate]:
 
 def find_recipe(config: SynthesizeConfig, **fields: object) -> str:
     return make_dialogue(config, **fields).part(config.sources[0].name)[1].recipe
-
-
-# ---- what a source asks with
-
-
-@pytest.mark.parametrize("method", [module.name for module in pkgutil.iter_modules(synthesizer.__path__)])
-def test_only_a_method_of_one_prompt_asks_alike(method: str):
-    """Others walk a grid or rows, or show some of them; of a task of one row some have no more than one prompt."""
-    name = "S3FT" if method == "s3ft" else method.title().replace("_", "")
-    config = MethodConfig(method=f"{synthesizer.__name__}.{method}.{name}")
-    source = SourceConfig(name="s", synthesizer=config, num_rows=1)
-    many = make_dialogue(make_config(source), seed_tasks=build_lingo().rows_by_split["train"])
-    one = make_dialogue(make_config(source))
-
-    assert many.asks_alike("s") is (method == "magpie")
-    assert one.asks_alike("s") is (method in ("magpie", "rewriting", "self_instruct"))
 
 
 # ---- chunks
@@ -214,48 +193,6 @@ def test_a_row_id_is_the_hash_of_its_recipe_and_its_index(local_stage, tmp_path)
     candidates = flatten(list(run(make_config(), tmp_path)))
 
     assert [item.row_id for item in candidates] == [hash_text(recipe, str(index)) for index in range(40)]
-
-
-def test_whatever_decides_the_text_changes_the_recipe(tmp_path):
-    """A knob, sampling, model, dtype, declared token, long instruction, seed text, phrasing, seed id: no two alike."""
-    weights = tmp_path / "weights"
-    shutil.copytree(Path("platform/delia/starter/weights").resolve(), weights)
-    config = weights / "config.json"
-    config.write_text(config.read_text() + "\n")
-    method = MethodConfig(method="delia.methods.synthesizer.rewriting.Rewriting")
-    rewriting = SourceConfig(name="rewriting", synthesizer=method, num_rows=10)
-    other_text = (Message(role="user", content="say cat in lingo"), SEED.messages[1])
-    recipes = [
-        find_recipe(make_config()),
-        find_recipe(make_config(make_source(system="other"))),
-        find_recipe(make_config(max_tokens=17)),
-        find_recipe(make_config(), model=ModelConfig(path=str(weights))),
-        find_recipe(make_config(), max_length=511),
-        find_recipe(make_config(rewriting)),
-        find_recipe(make_config(rewriting), long_instruction="at length"),
-        find_recipe(make_config(rewriting), seed_tasks=(dataclasses.replace(SEED, messages=other_text),)),
-        find_recipe(make_config(rewriting), seed_tasks=(dataclasses.replace(SEED, phrasing="fox"),)),
-        find_recipe(make_config(rewriting), seed_tasks=(dataclasses.replace(SEED, task_id="t1"),)),
-        find_recipe(make_config(rewriting), seed_tasks=()),
-        find_recipe(make_config(), tokens=("<sep>",)),
-        find_recipe(make_config(), model=STARTER.model_copy(update={"dtype": "bfloat16"})),
-    ]
-
-    assert len(set(recipes)) == len(recipes)
-
-
-def test_what_decides_no_text_leaves_the_recipe_as_it_is():
-    other = make_config(make_source("self", num_rows=99, max_candidates=100), chunk_size=64)
-
-    assert find_recipe(other) == find_recipe(make_config())
-
-
-def test_the_task_decides_nothing_of_a_method_that_is_not_given_it():
-    """A corrected row of a task does not cost its user the diverse pool."""
-    fields = {"seed_tasks": (), "long_instruction": "at length"}
-    assert find_recipe(make_config(), **fields) == find_recipe(make_config())
-    _, context = make_dialogue(make_config(), long_instruction="at length").part("magpie")
-    assert (context.seed_tasks, context.long_instruction) == ((), "")
 
 
 def test_rows_and_rejections_carry_their_source_their_reason_and_their_cost(local_stage, tmp_path):

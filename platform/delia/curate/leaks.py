@@ -21,8 +21,6 @@ from collections.abc import Iterable
 
 from delia.schema import Row
 
-TEMPLATE_LEAK = "template_leak"
-
 
 def _compile(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(text) for text in sorted(texts) if text.strip()) or r"(?!)")

@@ -53,6 +53,7 @@ class Curator:
         *,
         rule: StopRule | None = None,
         screened: Screened | None = None,
+        spent: Sequence[int] = (),
     ) -> list[Candidate]:
         """Decide on the next candidates.
 
@@ -62,6 +63,7 @@ class Curator:
             rule: Follows the source; once it ends, further candidates are ignored: they become neither
                 row nor rejection. None takes all.
             screened: What they show, by a screener with the same rules; None screens them here.
+            spent: The output tokens that each cost, which the rule counts; empty where they cost none.
 
         Returns:
             Rows as they came, and rejections with the instruction as their text.
@@ -79,7 +81,7 @@ class Curator:
                 shown = (
                     self._screener.screen(block) if screened is None else screened.cut(start, start + _BLOCK)
                 )
-                results += self._decide(block, shown, rule)
+                results += self._decide(block, shown, rule, spent[start : start + _BLOCK])
         return results
 
     def _check_order(self, candidate: Candidate) -> None:
@@ -91,7 +93,7 @@ class Curator:
         self._last_index = candidate.index
 
     def _decide(
-        self, block: Sequence[Candidate], screened: Screened, rule: StopRule | None
+        self, block: Sequence[Candidate], screened: Screened, rule: StopRule | None, spent: Sequence[int]
     ) -> Iterator[Candidate]:
         """Yield what becomes of the candidates of a block, until the source ends."""
         if self._meanings is not None and screened.vectors_ND is not None:
@@ -100,7 +102,7 @@ class Curator:
             decided = self._decide_one(candidate, screened.faults[place], place)
             yield decided
             if rule is not None:
-                rule.count(decided)
+                rule.count(decided, num_spent=spent[place] if spent else 0)
                 if rule.reason is not None:
                     return
 

@@ -14,11 +14,11 @@ import numpy as np
 from delia.curate.embedding import Embedder, Vectors
 from delia.curate.filters import find_fault
 from delia.curate.language import find_languages
-from delia.curate.leaks import TEMPLATE_LEAK, ControlTexts
+from delia.curate.leaks import ControlTexts
 from delia.curate.overlap import OVERLAPS_EVAL, HeldOut
 from delia.curate.settings import CurateConfig
 from delia.errors import ConfigError
-from delia.schema import Rejection, Row, SeedTask
+from delia.schema import TEMPLATE_LEAK, Rejection, Row, SeedTask
 
 Candidate = Row | Rejection
 

@@ -24,7 +24,8 @@ REPEATS = frozenset((DUPLICATE, NEAR_DUPLICATE, SEMANTIC_DUPLICATE))
 class StopConfig(FrozenConfig):
     """When a source ends before its rows are there; None means no such limit.
 
-    `max_output_tokens` bounds the tokens of its candidates, rejected ones included. `min_new_share` is the
+    `max_output_tokens` bounds the tokens that were generated for its candidates, in all their turns, rejected ones
+    included. `min_new_share` is the
     least share of new instructions among the last `window` that were not rejected for other reasons.
     """
 
@@ -39,7 +40,7 @@ class StopRule:
     Attributes:
         num_rows: Rows that it is to give.
         num_accepted: Rows so far.
-        num_output_tokens: Tokens of rows and rejections so far.
+        num_output_tokens: Tokens that were generated for rows and rejections so far.
         reason: `rows`, `tokens` or `novelty`; None while it goes on.
     """
 
@@ -56,9 +57,9 @@ class StopRule:
         """Return the share of new instructions in the window so far; 1 before the first."""
         return sum(self._is_new) / len(self._is_new) if self._is_new else 1.0
 
-    def count(self, decided: Row | Rejection) -> None:
-        """Take the next candidate, in index order; none after `reason` is set."""
-        self.num_output_tokens += decided.num_output_tokens
+    def count(self, decided: Row | Rejection, *, num_spent: int = 0) -> None:
+        """Take the next candidate, in index order, and the tokens it cost; none after `reason` is set."""
+        self.num_output_tokens += num_spent
         is_row = isinstance(decided, Row)
         self.num_accepted += is_row
         if is_row or (isinstance(decided, Rejection) and decided.reason in REPEATS):

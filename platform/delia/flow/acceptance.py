@@ -154,7 +154,10 @@ class Acceptance:
                 item = Screenings(batch=read_candidates(item, self._space.chat, self._curation.config))
             self._cost += item.batch.cost
             curator = self._curation.curators[item.source]
-            decided = curator.feed(item.batch.candidates, rule=source.rule, screened=item.screened)
+            batch = item.batch
+            decided = curator.feed(
+                batch.candidates, rule=source.rule, screened=item.screened, spent=batch.spent
+            )
             source.rows.add(to_row_table([row for row in decided if isinstance(row, Row)]))
             source.rejections.add(to_rejection_table([row for row in decided if isinstance(row, Rejection)]))
         return self._report()

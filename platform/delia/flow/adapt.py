@@ -171,7 +171,7 @@ def _build_pool_stage(
         pool = build_pool(
             config.pool,
             space,
-            engine=config.engine.model_copy(update={"lora_rank": None}),
+            engine=config.engine,
             log=run.log_metrics,
             allowed_modules=allowed_modules,
         )

@@ -56,6 +56,15 @@ class PoolConfig(FrozenConfig):
     curate: CurateConfig = CurateConfig()
     stop: StopConfig = StopConfig()
 
+    def count_accepted(self, source: SourceConfig) -> int:
+        """Return how many rows of a source are accepted, to keep those that it is to give."""
+        select = self.curate.select
+        return select.count_accepted(source.num_rows) if select else source.num_rows
+
+    def count_candidates(self, source: SourceConfig) -> int:
+        """Return how many candidates of a source are tried."""
+        return source.count_candidates(self.count_accepted(source))
+
 
 def pool_fingerprint(config: PoolConfig, space: Workspace, *, allowed_modules: tuple[str, ...] = ()) -> str:
     """Return the name of the pool: everything that decides its rows, nothing that does not (`flow.naming`).
@@ -186,7 +195,11 @@ class _Round:
         for name in (source.name for source in self.sources if source.rows is not None):
             self._take(batch_imported(name, imports[name], size=synthesize.chunk_size), name)
             self.acceptance.check_supply(name)
-        written = tuple(source for source in self.sources if source.rows is None)
+        written = tuple(
+            source.model_copy(update={"max_candidates": self.config.count_candidates(source)})
+            for source in self.sources
+            if source.rows is None
+        )
         drawn: list[str] = []
         if written:
             names = [source.name for source in written]
@@ -245,14 +258,23 @@ class _Forward:
 
 
 def check_room(config: PoolConfig, engine: EngineConfig) -> None:
-    """Refuse an engine that admits fewer ids than candidates may have.
+    """Refuse an engine that admits fewer ids than candidates may have, or no adapter where one answers.
 
     Raises:
-        ConfigError: With both limits.
+        ConfigError: With both limits, or the sources that name an adapter.
     """
     max_length = config.synthesize.max_length
     if engine.max_model_len < max_length:
         raise ConfigError(
             f"pool.synthesize.max_length={max_length} is over engine.max_model_len={engine.max_model_len};"
             " raise engine.max_model_len, as far as the model goes, or lower max_length"
+        )
+    sources = config.synthesize.sources
+    adapted = [
+        item.name for item in sources if item.synthesizer and item.synthesizer.knobs.get("answered_by")
+    ]
+    if adapted and engine.lora_rank is None:
+        raise ConfigError(
+            f"sources {adapted} are answered by an adapter (answered_by), engine.lora_rank=None admits none; set it to"
+            " the adapter's rank"
         )

@@ -5,8 +5,6 @@ metrics known?  every task row and prompt short enough?  pool large enough for e
 
 from collections.abc import Iterable, Mapping
 
-from delia.chat import load_chat
-from delia.config import build_method
 from delia.curate.embedding import check_embedder
 from delia.curate.language import find_languages
 from delia.curate.overlap import read_eval_rows
@@ -15,16 +13,15 @@ from delia.evaluate.harness import EvaluateConfig
 from delia.evaluate.scoring import METRICS
 from delia.flow.encoding import encode_rows
 from delia.flow.pool import PoolConfig, check_room
+from delia.flow.supply import check_pool_lengths, check_ratios, check_sources
 from delia.flow.trial import ArmConfig
 from delia.flow.workspace import Workspace
 from delia.generate.engine import EngineConfig
 from delia.metrics import score_name
-from delia.mix.mixture import MixConfig, count_rows
 from delia.model.loading import check_precision, check_quantisation, count_heads, load_shapes
 from delia.model.lora import STARTS_ELSEWHERE
-from delia.schema import Message, Split, Task
-from delia.store.models import ModelConfig, resolve_model
-from delia.store.tasks import read_import
+from delia.schema import Split, Task
+from delia.store.models import ModelConfig
 from delia.train.export import check_storable
 from delia.train.memory import describe_shortage, read_device_bytes
 from delia.train.methods import check_methods
@@ -41,7 +38,7 @@ def check_settings(task: Task, arms: Mapping[str, ArmConfig], pool: PoolConfig |
     check_train_methods(arms)
     check_ratios(pool, arms, num_task_rows=len(task.rows_by_split["train"]))
     if pool is not None:
-        check_sources(pool)
+        check_sources(pool, task.rows_by_split["train"])
         check_embedder(pool.curate.embedder)
         find_languages(pool.curate.languages or ())
         read_eval_rows(pool.curate.decontaminate)
@@ -65,23 +62,6 @@ def check_train_methods(arms: Mapping[str, ArmConfig]) -> None:
                 f"{name}: train.kl_weight needs the base as it was, and train.lora.init={arm.train.lora.init} starts"
                 " over another weight; take init=default or eva, or unset kl_weight"
             )
-
-
-def check_sources(pool: PoolConfig) -> None:
-    """Refuse a source whose method, file or model is not there; a round may be hours away.
-
-    A method outside `delia.methods` is found only when the job, which knows what is allowed, begins.
-
-    Raises:
-        ConfigError, TaskFileError, ChatError: With what is wrong.
-    """
-    for source in pool.synthesize.sources:
-        if source.rows is not None:
-            read_import(source.rows)
-        if source.model is not None:
-            load_chat(str(resolve_model(source.model)), chat_template=source.model.chat_template)
-        if source.synthesizer is not None and source.synthesizer.method.startswith("delia.methods."):
-            build_method(source.synthesizer)
 
 
 def check_rows(
@@ -243,53 +223,3 @@ def check_lengths(
                 f"{engine.max_model_len} less evaluate.max_tokens={evaluate.max_tokens} leaves {room}; raise"
                 " engine.max_model_len, as far as the model goes, or shorten the row"
             )
-
-
-def check_pool_lengths(space: Workspace, arms: Mapping[str, ArmConfig], pool: PoolConfig | None) -> None:
-    """Refuse an arm that a long diverse row would stop: two turns of the engine and the template.
-
-    Raises:
-        ConfigError: With the longest row and the arm's limit.
-    """
-    if pool is None:
-        return
-    turns = (Message(role="user", content="a"), Message(role="assistant", content="a"))
-    longest = len(space.chat.encode_chat(turns).input_ids) + 2 * pool.synthesize.sampling.max_tokens
-    for name, arm in arms.items():
-        train = arm.train
-        if arm.mix.diverse_ratio > 0 and train.on_long == "error" and longest > train.max_length:
-            raise ConfigError(
-                f"{name}: a diverse row may have {longest} ids (twice sampling.max_tokens="
-                f"{pool.synthesize.sampling.max_tokens} and the template), train.max_length is {train.max_length}:"
-                " raise it, lower sampling.max_tokens, or set train.on_long=drop"
-            )
-
-
-def check_ratios(pool: PoolConfig | None, arms: Mapping[str, ArmConfig], *, num_task_rows: int) -> None:
-    """Refuse a ratio that the pool will not supply once it is made.
-
-    Raises:
-        ConfigError: With the rows that are asked of a source and those it will have.
-        MixtureError: Shares that are negative or do not sum to 1.
-    """
-    sources = pool.synthesize.sources if pool else ()
-    supplied = {source.name: source.num_rows for source in sources}
-    for name, arm in arms.items():
-        for source, needed in _count_needed(arm.mix, supplied, num_task_rows).items():
-            if needed > supplied.get(source, 0):
-                raise ConfigError(
-                    f"{name}: diverse_ratio {arm.mix.diverse_ratio:g} x {num_task_rows} task rows asks for"
-                    f" {needed} rows of source {source!r}, pool.synthesize makes {supplied.get(source, 0)};"
-                    " raise the source's num_rows, or lower mix.diverse_ratio or the share"
-                )
-
-
-def _count_needed(mix: MixConfig, supplied: Mapping[str, int], num_task_rows: int) -> dict[str, int]:
-    """Return the distinct rows that a mixture takes of each source."""
-    total = round(num_task_rows * mix.diverse_ratio)
-    if not total:
-        return {}
-    if not supplied and not mix.shares:
-        return {"of any name": total}
-    shares = mix.shares or {name: count / sum(supplied.values()) for name, count in supplied.items()}
-    return {name: min(count, mix.num_distinct or count) for name, count in count_rows(total, shares).items()}

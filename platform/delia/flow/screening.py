@@ -17,7 +17,6 @@ from typing import Any
 import ray
 
 from delia.chat import ChatEncoder
-from delia.curate.leaks import TEMPLATE_LEAK
 from delia.curate.rejection import reject
 from delia.curate.screening import Screened, Screener
 from delia.curate.settings import CurateConfig
@@ -25,10 +24,11 @@ from delia.errors import ChatError, StoreError
 from delia.flow.curation import open_screener
 from delia.flow.placement import spread
 from delia.flow.workspace import Workspace
-from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, SeedTask
+from delia.schema import MAX_REJECTED_TEXT, TEMPLATE_LEAK, Rejection, Row, SeedTask
 from delia.store.tables import exists
 from delia.synthesize.dialogue import UNRENDERABLE
 from delia.synthesize.pipeline import Batch, StoredChunk
+from delia.synthesize.socket import measure_row
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Screenings:
 
 
 def read_candidates(item: StoredChunk | Batch, chat: ChatEncoder, curate: CurateConfig) -> Batch:
-    """Return the candidates of a chunk; or rows of a file, those that can't be taken as they are as rejections.
+    """Return the candidates of a chunk; or rows of a file, measured, those that can't be taken as rejections.
 
     No one can train on a chat that the template refuses; the rejection's text says why. A file that spells a task
     token doesn't mean it, and the chat would be encoded with it: a template leak (`curate.leaks`).
@@ -74,10 +74,11 @@ def _render(candidate: Row | Rejection, chat: ChatEncoder, leaks: frozenset[int]
     if isinstance(candidate, Rejection):
         return candidate
     try:
-        ids = chat.encode_chat(candidate.messages).input_ids
+        encoded = chat.encode_chat(candidate.messages)
     except ChatError as error:
         return replace(reject(candidate, UNRENDERABLE), text=str(error)[:MAX_REJECTED_TEXT])
-    return candidate if leaks.isdisjoint(ids) else reject(candidate, TEMPLATE_LEAK)
+    leaks_token = not leaks.isdisjoint(encoded.input_ids)
+    return reject(candidate, TEMPLATE_LEAK) if leaks_token else measure_row(candidate, encoded)
 
 
 def describe_other_directory(space: Workspace) -> str:

@@ -60,7 +60,7 @@ def make_pool(
     pool = build_pool(
         config.pool,
         space,
-        engine=None if stored_only else config.engine.model_copy(update={"lora_rank": None}),
+        engine=None if stored_only else config.engine,
         log=run.log_metrics,
         allowed_modules=allowed_modules,
     )
@@ -138,11 +138,10 @@ def preview_training(
             )
     arm = plan_arm(mixed, space, pool, allowed_modules=allowed_modules)
     task, counts = build_input(arm, space, pool)
-    backend = space.chat.table.backend
     lines = preview_rows(
         task.rows,
         num_rows=num_rows,
-        decode=lambda ids: str(backend.decode(list(ids), skip_special_tokens=False)),
+        decode=space.chat.table.spell,
         is_coloured=is_coloured,
     )
     for line in (*lines, *describe_packing(task)):

@@ -27,8 +27,9 @@ class Request:
     """One prompt.
 
     `adapter` is the address of an adapter directory, or empty for the base model. `temperature` and
-    `max_tokens` take the place of the stage's sampling for this request. With `json_schema`, a JSON
-    schema as text, the engine's grammar admits no other answer; one that is cut may still be unfinished.
+    `max_tokens` take the place of the stage's sampling for this request; `end_ids` end its answer beside the
+    stage's. With `json_schema`, a JSON schema as text, the engine's grammar admits no other answer; one that
+    is cut may still be unfinished.
     """
 
     request_id: str
@@ -38,6 +39,7 @@ class Request:
     temperature: float | None = None
     max_tokens: int | None = None
     json_schema: str = ""
+    end_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,9 +61,9 @@ class Completion:
 class SamplingConfig(FrozenConfig):
     """How tokens are drawn. Temperature 0 is greedy and ignores the seed."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 256
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_tokens: int = Field(default=256, gt=0)
 
 
 class ScriptedConfig(FrozenConfig):

@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
         ("temperature", pa.float64()),
         ("max_tokens", pa.int64()),
         ("json_schema", pa.string()),
+        ("end_ids", pa.list_(pa.int32())),
     ]
 )
 """The columns of a block of requests."""
@@ -128,7 +129,8 @@ def answer_requests(block: pa.Table, ask: Ask) -> pa.Table:
 
 
 def _split_ids(batch: pa.Table) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    rest = batch.drop_columns(["prompt_ids"]).to_pylist()
+    rows = batch.drop_columns(["prompt_ids"]).to_pylist()
+    rest = [{**row, "end_ids": tuple(row["end_ids"])} for row in rows]
     return zip(rest, batch.column("prompt_ids").to_pylist(), strict=True)
 
 

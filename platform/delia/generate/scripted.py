@@ -1,9 +1,11 @@
 """A scripted engine: the interface of vLLM without a model, for tests and for load.
 
 Its answer is a fixed function of prompt, seed and sampling: a few of the prompt's own ids, cut at
-`max_tokens`. Greedy requests ignore the seed. `tests/generate` holds it to the contract of vLLM's.
+`max_tokens`; of its words, as a model's answer, and of its special tokens only where it has no words. Greedy
+requests ignore the seed. `tests/generate` holds it to the contract of vLLM's.
 """
 
+import json
 import math
 import os
 import time
@@ -19,15 +21,15 @@ from delia.generate.engine import (
     refuse_long,
 )
 from delia.rng import make_random
-from delia.store.models import ModelConfig
+from delia.store.models import ModelConfig, resolve_model
 
 
 class ScriptedEngine:
     """Echoes ids of the prompt; see `delia.generate.engine.Engine`."""
 
     def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
-        """Take what every engine takes; nothing is loaded."""
-        del model
+        """Take what every engine takes; no weights are loaded."""
+        self._special_ids = read_special_ids(model)
         self._faults = config.scripted
         self._max_model_len = config.max_model_len
 
@@ -51,7 +53,8 @@ class ScriptedEngine:
         seed = request.seed if sampling.temperature > 0 else 0
         rng = make_random("scripted", seed, request.adapter, *request.prompt_ids)
         length = rng.randint(1, 24)
-        words = [token for token in request.prompt_ids if token not in end_ids] or [0]
+        ids_left = [token for token in request.prompt_ids if token not in (*end_ids, *request.end_ids)]
+        words = [token for token in ids_left if token not in self._special_ids] or ids_left or [0]
         ids = tuple(rng.choice(words) for _ in range(min(length, max_tokens)))
         return Completion(
             request_id=request.request_id,
@@ -60,3 +63,9 @@ class ScriptedEngine:
             num_prompt_tokens=len(request.prompt_ids),
             logprobs=() if sampling.temperature > 0 else (-math.log(len(words)),) * len(ids),
         )
+
+
+def read_special_ids(model: ModelConfig) -> frozenset[int]:
+    """Return the rows of a model's vocabulary that stand for no text."""
+    tokenizer = json.loads((resolve_model(model) / "tokenizer.json").read_text(encoding="utf-8"))
+    return frozenset(token["id"] for token in tokenizer["added_tokens"] if token["special"])

@@ -211,8 +211,7 @@ class _Batch:
         self.result: Future[list[Completion]] = Future()
 
     def answer(self, place: int, output) -> None:  # type: ignore[no-untyped-def]  # vLLM's type, imported late
-        ends = frozenset(self.end_ids)
-        self.completions[place] = _to_completion(self.requests[place], output.outputs[0], end_ids=ends)
+        self.completions[place] = _to_completion(self.requests[place], output.outputs[0])
 
     def settle(self) -> bool:
         if not self.result.done() and None not in self.completions:
@@ -231,7 +230,7 @@ def _to_params(request: Request, stage: SamplingConfig, end_ids: Sequence[int]):
         top_p=sampling.top_p,
         max_tokens=sampling.max_tokens,
         seed=request.seed if sampling.temperature > 0 else None,
-        stop_token_ids=list(end_ids),
+        stop_token_ids=[*end_ids, *request.end_ids],
         detokenize=False,
         logprobs=0 if sampling.temperature == 0 else None,  # 0 more than the chosen token's own
         structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
@@ -240,9 +239,11 @@ def _to_params(request: Request, stage: SamplingConfig, end_ids: Sequence[int]):
     )
 
 
-def _to_completion(request: Request, output, *, end_ids: frozenset[int]) -> Completion:  # type: ignore[no-untyped-def]
+def _to_completion(request: Request, output) -> Completion:  # type: ignore[no-untyped-def]
     ids = tuple(output.token_ids)
-    if ids and ids[-1] in end_ids:
+    if (
+        output.finish_reason == "stop"
+    ):  # at its last token, which may be an end that the model's own files name
         ids = ids[:-1]
     places = zip(ids, output.logprobs or (), strict=False)  # the end token's place is left over
     return Completion(

@@ -20,8 +20,8 @@ from delia.errors import ConfigError, DeliaError
 from delia.evaluate.harness import EvalReport
 from delia.flow.adapt import AdaptConfig, log_report, open_job
 from delia.flow.evaluation import eval_address, evaluate_adapters
-from delia.flow.preflight import check_ratios
 from delia.flow.stages import make_pool, tracked_stage
+from delia.flow.supply import check_ratios
 from delia.flow.trial import ArmConfig, plan_arm, train_arms
 from delia.flow.workspace import Workspace
 from delia.schema import Split

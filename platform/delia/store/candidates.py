@@ -156,6 +156,12 @@ def from_candidate_table(table: pa.Table, *, address: str = "") -> list[Candidat
     return [next(rows) if item["reason"] is None else _to_rejection(item) for item in records]
 
 
+def read_spent(table: pa.Table) -> tuple[int, ...]:
+    """Return the output tokens that each candidate of a table cost; none where the column is missing."""
+    name = "spent_output_tokens"
+    return tuple(table[name].to_pylist()) if name in table.column_names else ()
+
+
 def sum_cost(table: pa.Table) -> Cost:
     """Return what the candidates of a table cost; nothing where its columns are missing.
 

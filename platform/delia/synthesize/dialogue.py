@@ -15,7 +15,7 @@ from delia.errors import ChatError, ConfigError, PoolError
 from delia.generate.attempts import Ask
 from delia.generate.engine import FAULTS, PROMPT_TOO_LONG, Completion, Request, SamplingConfig
 from delia.rng import hash_text
-from delia.schema import Rejection, Row, SeedTask, hash_messages
+from delia.schema import TEMPLATE_LEAK, Rejection, Row, SeedTask, hash_messages
 from delia.store.candidates import COST_SCHEMA, Candidate, to_candidate_table
 from delia.store.models import ModelConfig, identify_model, resolve_model
 from delia.synthesize.socket import SynthesisContext, Synthesizer
@@ -29,6 +29,7 @@ MAX_TURNS = 16
 
 _NUM_ASKED = 8
 """Candidates whose first requests are compared."""
+
 
 UNRENDERABLE = "unrenderable"
 """Why a candidate is not asked further, or an imported row not taken: the chat template can't write the chat."""
@@ -159,8 +160,6 @@ class Dialogue:
             answers = ask(list(requests.values()))
             for index, answer in zip(requests, answers, strict=True):
                 said[index].append(answer)
-                if answer.finish_reason in FAULTS:
-                    closed[index] = context.reject(index, answer.finish_reason, answer.error, said[index])
         raise PoolError(
             f"source {chunk['source']!r}: {type(method).__name__} asked for more than {MAX_TURNS} turns of one"
             " candidate; a method must close its candidates"
@@ -170,19 +169,26 @@ class Dialogue:
         self, method: Synthesizer, context: SynthesisContext, index: int, said: list[Completion]
     ) -> Request | Candidate:
         """Take a candidate one turn further; a chat that the template refuses costs this candidate alone."""
+        for answer in said[-1:]:
+            if answer.finish_reason in FAULTS:
+                return context.reject(index, answer.finish_reason, answer.error, said)
+            if leak := context.chat.find_leak(answer.token_ids):
+                return context.reject(index, TEMPLATE_LEAK, leak, said)
         try:
             step = method(context, index, said)
         except ChatError as error:
             return context.reject(index, UNRENDERABLE, str(error), said)
-        return self._fit(context, index, step) if isinstance(step, Request) else step
+        return self._fit(context, index, step, said) if isinstance(step, Request) else step
 
-    def _fit(self, context: SynthesisContext, index: int, request: Request) -> Request | Rejection:
+    def _fit(
+        self, context: SynthesisContext, index: int, request: Request, said: list[Completion]
+    ) -> Request | Rejection:
         """Bound an answer by the room that its prompt leaves, or reject a prompt that leaves none."""
         num_ids = len(request.prompt_ids)
         room = self.max_length - num_ids
         if room < 1:
             text = f"the prompt has {num_ids} ids, synthesize.max_length={self.max_length} leaves no room"
-            return context.reject(index, PROMPT_TOO_LONG, text)
+            return context.reject(index, PROMPT_TOO_LONG, text, said)
         wanted = self.sampling.max_tokens if request.max_tokens is None else request.max_tokens
         return replace(request, max_tokens=room) if wanted > room else request
 

@@ -19,7 +19,7 @@ from delia.generate.engine import EngineConfig
 from delia.generate.pipeline import run_script
 from delia.rng import hash_text
 from delia.schema import MAX_REJECTED_TEXT, Rejection, Row, hash_messages
-from delia.store.candidates import Candidate, Cost, from_candidate_table, sum_cost
+from delia.store.candidates import Candidate, Cost, from_candidate_table, read_spent, sum_cost
 from delia.store.tables import join, list_names, read_table, write_table
 from delia.store.tasks import Imported, read_import
 from delia.synthesize.dialogue import Dialogue
@@ -50,11 +50,15 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Candidates of one source in index order, and what they cost when they were made."""
+    """Candidates of one source in index order, and what they cost when they were made.
+
+    `spent` are the output tokens of each, in all its turns; empty where none cost any.
+    """
 
     source: str
     candidates: tuple[Candidate, ...]
     cost: Cost = field(default_factory=Cost)
+    spent: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +83,14 @@ class StoredChunk:
             )
         candidates = from_candidate_table(table, address=self.address)
         own = tuple(replace(item, source=self.source) for item in candidates)
-        return Batch(source=self.source, candidates=own, cost=sum_cost(table))
+        return Batch(source=self.source, candidates=own, cost=sum_cost(table), spent=read_spent(table))
 
 
 def plan_chunks(sources: Sequence[SourceConfig], chunk_size: int) -> list[Chunk]:
     """Return all chunks that may be generated, sources interleaved in proportion to their rows."""
     chunks = []
     for source in sources:
-        wanted = source.max_candidates or 4 * source.num_rows
+        wanted = source.count_candidates(source.num_rows)
         for start in range(0, wanted, chunk_size):
             progress = (start + chunk_size / 2) / source.num_rows
             chunks.append(Chunk(progress, source.name, start, start + chunk_size))
@@ -94,13 +98,17 @@ def plan_chunks(sources: Sequence[SourceConfig], chunk_size: int) -> list[Chunk]
 
 
 def plan_rounds(config: SynthesizeConfig) -> list[tuple[SourceConfig, ...]]:
-    """Return the sources in rounds: one feeds on earlier rounds alone, and one model serves a round."""
+    """Return the sources in rounds: one feeds on earlier rounds alone, and one model serves a round.
+
+    Files are the first round: one that has too few rows is found before any engine starts.
+    """
     depth: dict[str, int] = {}
     rounds: dict[tuple[int, str], list[SourceConfig]] = {}
     for source in config.sources:
         depth[source.name] = max((depth[name] + 1 for name in source.feeds_on), default=0)
         served_by = source.model.model_dump_json() if source.model else ""
-        rounds.setdefault((depth[source.name], served_by), []).append(source)
+        key = (-1, "") if source.rows else (depth[source.name], served_by)
+        rounds.setdefault(key, []).append(source)
     return [tuple(rounds[key]) for key in sorted(rounds, key=lambda key: key[0])]
 
 

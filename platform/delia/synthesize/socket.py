@@ -8,11 +8,11 @@ on, `closed`, are accepted rows of sources that are finished.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from delia.chat import ChatEncoder
+from delia.chat import ChatEncoder, EncodedChat
 from delia.generate.engine import Completion, Request
 from delia.rng import derive_seed, hash_text
 from delia.schema import MAX_REJECTED_TEXT, Message, Messages, Rejection, Row, SeedTask
@@ -34,12 +34,15 @@ class SynthesisContext:
         """Return a candidate's id: the recipe's hash and its index."""
         return hash_text(self.recipe, str(index))
 
-    def request(self, index: int, prompt_ids: Sequence[int], *, turn: str) -> Request:
+    def request(
+        self, index: int, prompt_ids: Sequence[int], *, turn: str, end_ids: tuple[int, ...] = ()
+    ) -> Request:
         """Build a request whose sampling seed comes from the candidate's id and the turn's name."""
         return Request(
             request_id=f"{self.source}:{index}",
             prompt_ids=tuple(prompt_ids),
             seed=derive_seed(self.row_id(index), turn),
+            end_ids=end_ids,
         )
 
     def ask(self, index: int, messages: Messages, *, turn: str) -> Request:
@@ -89,25 +92,45 @@ class SynthesisContext:
         completions: Sequence[Completion],
         *,
         answer: Completion | None = None,
+        is_asked: bool = True,
     ) -> Row:
         """Build a row that ends in an answer of the engine.
 
         Args:
             index: The candidate's.
             messages: What is answered.
-            completions: All turns of the candidate; their tokens are its cost.
+            completions: All turns of the candidate.
             answer: Which of them answers; None is the last.
+            is_asked: Whether it was given to `messages` alone; the row has then the lengths that the engine counted.
         """
         chosen = answer or completions[-1]
+        whole = (*messages, Message(role="assistant", content=self.say(chosen)))
+        if not is_asked:
+            return self.keep(index, whole, finish_reason=chosen.finish_reason)
         return Row(
             row_id=self.row_id(index),
             index=index,
             source=self.source,
-            messages=(*messages, Message(role="assistant", content=self.say(chosen))),
+            messages=whole,
             finish_reason=chosen.finish_reason,
             num_prompt_tokens=chosen.num_prompt_tokens,
-            num_output_tokens=sum(len(item.token_ids) for item in completions),
+            num_output_tokens=len(chosen.token_ids),
         )
+
+    def keep(self, index: int, messages: Messages, *, finish_reason: str = "stop") -> Row:
+        """Build a row of a whole chat; its lengths are the chat's own, whatever the candidate cost.
+
+        Raises:
+            ChatError: The template can't write the chat, so that no one could train on it.
+        """
+        row = Row(
+            row_id=self.row_id(index),
+            index=index,
+            source=self.source,
+            messages=messages,
+            finish_reason=finish_reason,
+        )
+        return measure_row(row, self.chat.encode_chat(messages))
 
     def reject(self, index: int, reason: str, text: str, completions: Sequence[Completion] = ()) -> Rejection:
         """Build a rejection by the method itself."""
@@ -119,6 +142,46 @@ class SynthesisContext:
             text=text[:MAX_REJECTED_TEXT],
             num_output_tokens=sum(len(item.token_ids) for item in completions),
         )
+
+
+def measure_row(row: Row, encoded: EncodedChat) -> Row:
+    """Return a row with the lengths of its prompt and of its last answer with its end: together all ids of its chat."""
+    num_prompt = encoded.loss_mask.index(True)
+    return replace(row, num_prompt_tokens=num_prompt, num_output_tokens=len(encoded.input_ids) - num_prompt)
+
+
+def check_request(knob: str, text: str, needed: Sequence[str], *, optional: Sequence[str] = ()) -> None:
+    """Hold that a knob's text has what is put into it in braces, and no other braces.
+
+    Args:
+        knob: Its name.
+        text: Its value.
+        needed: The fields that it must have.
+        optional: Those that it may have.
+
+    Raises:
+        TypeError: It is not so; `config.build_method` says of which method.
+    """
+    marked = {name: f"\0{name}\0" for name in (*needed, *optional)}
+    fields = " ".join(f"{{{name}}}" for name in marked)
+    try:
+        filled = text.format(**marked)
+    except (LookupError, ValueError, AttributeError) as error:
+        raise TypeError(
+            f"{knob} has no braces but {fields}, got {text!r} ({error!r}); double a brace that is text"
+        ) from error
+    missing = " ".join(f"{{{name}}}" for name in needed if marked[name] not in filled)
+    if missing:
+        raise TypeError(f"{knob} takes {fields}, and {text!r} is without {missing}; put it in")
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """A method that has only so many candidates to give, whatever its index."""
+
+    def count_candidates(self, num_chats: int) -> int:
+        """Return how many it has where `SynthesisContext.chats` are so many."""
+        ...
 
 
 class Synthesizer(Protocol):

@@ -19,7 +19,7 @@ class SourceConfig(FrozenConfig):
     Its rows are written by a `synthesizer`, or are the train rows of a task file, `rows`. A method may
     feed on sources before it: it begins when they are closed. `model` is another model that writes and
     answers, a teacher; None is the model that will be tuned. No more than `max_candidates`, in whole
-    chunks, are tried; None means four times `num_rows`.
+    chunks, are tried; None means four times the rows that are accepted: `num_rows`, or with `curate.select` more.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
@@ -29,6 +29,10 @@ class SourceConfig(FrozenConfig):
     model: ModelConfig | None = None
     num_rows: int = Field(gt=0)
     max_candidates: int | None = Field(default=None, gt=0)
+
+    def count_candidates(self, num_accepted: int) -> int:
+        """Return how many candidates are tried, where so many rows are to be accepted."""
+        return self.max_candidates or 4 * num_accepted
 
     @model_validator(mode="after")
     def _has_one_origin(self) -> Self:

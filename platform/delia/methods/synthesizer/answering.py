@@ -28,6 +28,10 @@ class Answering:
     demonstrated: bool = False
     temperature: float | None = None
 
+    def count_candidates(self, num_chats: int) -> int:
+        """Return how many chats can be answered once each."""
+        return num_chats
+
     def __call__(
         self, context: SynthesisContext, index: int, completions: Sequence[Completion]
     ) -> Request | Row | Rejection:
@@ -36,7 +40,7 @@ class Answering:
             return context.reject(index, "no_more_instructions", "")
         *question, reference = context.chats[index]
         if completions:
-            return context.row(index, tuple(question), completions)
+            return context.row(index, tuple(question), completions, is_asked=not self.demonstrated)
         prompt: Messages = tuple(question)
         if self.demonstrated:
             prompt = (*prompt, reference, question[-1])

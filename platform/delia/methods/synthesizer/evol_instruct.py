@@ -39,7 +39,7 @@ class EvolInstruct:
         old = context.mask(context.chats[index % len(context.chats)][-2].content, self.stand_in)
         if not completions:
             operation = make_random("evol_instruct", context.row_id(index)).choice(self.operations)
-            prompt = f"{operation} {self.ending}\n{old}"
+            prompt = f"{operation} {self.ending}".rstrip() + f"\n{old}"
             return context.ask(index, (Message(role="user", content=prompt),), turn="instruction")
         text = context.say(completions[0])
         fault = self._find_fault(text, old)
@@ -51,4 +51,5 @@ class EvolInstruct:
         """Return why an evolved instruction is thrown away: the paper's rules that need no judge."""
         if text == old:
             return "unchanged"
-        return "copies_the_request" if any(part in text for part in (self.ending, *self.operations)) else None
+        parts = filter(None, (self.ending, *self.operations))
+        return "copies_the_request" if any(part in text for part in parts) else None

@@ -33,7 +33,8 @@ class Magpie:
     ) -> Request | Row | Rejection:
         """Let the user's turn be written, then answer it."""
         if not completions:
-            return context.request(index, context.chat.encode_user_prefix(self.system), turn="instruction")
+            prefix, ends = context.chat.encode_user_prefix(self.system), context.chat.user_end_ids
+            return context.request(index, prefix, turn="instruction", end_ids=ends)
         before = (Message(role="system", content=self.system),) if self.system else ()
         step = context.answer(index, completions, before=before)
         return dataclasses.replace(step, adapter=self.answered_by) if isinstance(step, Request) else step

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from delia.generate.engine import Completion, Request
 from delia.schema import Message, Messages, Rejection, Row
-from delia.synthesize.socket import SynthesisContext
+from delia.synthesize.socket import SynthesisContext, check_request
 
 JUDGE = "Do both answers to the question say the same?\nquestion: {question}\nfirst: {reference}\nsecond: {answer}"
 REPHRASE = "Say this answer in your own words.\nquestion: {question}\nanswer: {reference}"
@@ -32,12 +32,26 @@ class S3FT:
     """Answers the rows that the source feeds on, or the task's own; each once.
 
     With `in_json` the judge's answer is held to a schema; without, it begins with `yes` where both are equal.
+    `judge` and `rephrase` name what is put into them in braces, as their defaults do; they may leave the question out.
     """
 
     judge: str = JUDGE
     rephrase: str = REPHRASE
     in_json: bool = True
     max_verdict_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse prompts that can't be filled.
+
+        Raises:
+            TypeError: `judge` or `rephrase` lacks a field, or has other braces.
+        """
+        check_request("judge", self.judge, ("reference", "answer"), optional=("question",))
+        check_request("rephrase", self.rephrase, ("reference",), optional=("question",))
+
+    def count_candidates(self, num_chats: int) -> int:
+        """Return how many chats can be answered once each."""
+        return num_chats
 
     def __call__(
         self, context: SynthesisContext, index: int, completions: Sequence[Completion]
@@ -51,16 +65,16 @@ class S3FT:
             return context.ask(index, prompt, turn="answer")
         for turn in (0, 2):  # an attempt, then its verdict
             attempt = completions[turn]
-            is_same = context.say(attempt) == reference.content and attempt.finish_reason == "stop"
+            is_whole = attempt.finish_reason == "stop"
+            is_same = is_whole and context.say(attempt) == reference.content
             if not is_same and len(completions) == turn + 1:
                 return self._ask_judge(context, index, prompt, context.say(attempt), turn)
-            if is_same or self._agrees(context, completions[turn + 1]):
-                return context.row(index, prompt, completions, answer=attempt)
+            if is_same or (is_whole and self._agrees(context, completions[turn + 1])):
+                return context.row(index, prompt, completions, answer=attempt, is_asked=turn == 0)
             if len(completions) == 2:
                 text = self.rephrase.format(question=prompt[-1].content, reference=reference.content)
                 return context.ask(index, (Message(role="user", content=text),), turn="rephrasing")
-        row = context.row(index, prompt, completions)
-        return dataclasses.replace(row, messages=(*prompt, reference), finish_reason="stop")
+        return context.keep(index, (*prompt, reference))
 
     def _ask_judge(
         self, context: SynthesisContext, index: int, prompt: Messages, answer: str, turn: int
