@@ -112,7 +112,7 @@ def test_each_model_has_an_engine_of_its_own_and_lora_only_where_a_request_bring
     def run_here(script, blocks, *, model, engine, **fields):
         requests = [row for block in blocks for row in block.to_pylist()]
         asked.append((model.path, engine.lora_rank, len(requests)))
-        scripted = ScriptedEngine(model, engine)
+        scripted = ScriptedEngine(STARTER, engine)
         for block in blocks:
             yield script(
                 block,
