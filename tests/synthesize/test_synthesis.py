@@ -198,6 +198,7 @@ def test_a_row_id_is_the_hash_of_its_recipe_and_its_index(local_stage, tmp_path)
 def test_rows_and_rejections_carry_their_source_their_reason_and_their_cost(local_stage, tmp_path):
     local_stage()
     candidates = flatten(list(run(make_config(), tmp_path)))
+    chat = make_dialogue(make_config()).part("magpie")[1].chat
     rows = [item for item in candidates if isinstance(item, Row)]
     rejections = [item for item in candidates if not isinstance(item, Row)]
 
@@ -209,7 +210,10 @@ def test_rows_and_rejections_carry_their_source_their_reason_and_their_cost(loca
     for row in rows:
         assert [message.role for message in row.messages] == ["system", "user", "assistant"]
         assert row.messages[0].content == SYSTEM
-        assert row.num_prompt_tokens > len(SYSTEM.split())
+        assert row.num_prompt_tokens == len(chat.encode_prompt(row.messages[:-1]))
+        if row.finish_reason == "stop":
+            assert row.num_output_tokens == sum(chat.encode_chat(row.messages).loss_mask)
+    assert {row.finish_reason for row in rows} == {"stop", "length"}
     assert all(before.index < after.index for before, after in pairwise(candidates))
 
 

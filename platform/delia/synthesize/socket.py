@@ -114,7 +114,7 @@ class SynthesisContext:
             messages=whole,
             finish_reason=chosen.finish_reason,
             num_prompt_tokens=chosen.num_prompt_tokens,
-            num_output_tokens=len(chosen.token_ids),
+            num_output_tokens=len(chosen.token_ids) + (chosen.finish_reason == "stop"),  # with its end
         )
 
     def keep(self, index: int, messages: Messages, *, finish_reason: str = "stop") -> Row:
