@@ -115,6 +115,8 @@ class Row:
 
 MAX_REJECTED_TEXT = 2000
 """Characters that are kept of what was rejected."""
+TASK_SOURCE = "task"
+"""What the source of a task's own rows is called among those of a training."""
 TEMPLATE_LEAK = "template_leak"
 """Why a candidate is rejected that holds a control or task token, or spells one."""
 

@@ -1,9 +1,11 @@
-"""The name of a pool: other weights, templates, embedders or method texts make another, other places do not."""
+"""Names of pools and adapters: other weights, templates, embedders or method texts make another, places do not."""
 
 import dataclasses
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from delia.config import MethodConfig
 from delia.curate.settings import CurateConfig
 from delia.errors import ConfigError
+from delia.flow import trial
 from delia.flow.pool import PoolConfig, pool_fingerprint
 from delia.flow.trial import ArmConfig, plan_arm
 from delia.flow.workspace import Workspace
@@ -144,3 +147,35 @@ def test_who_changes_the_text_of_a_weighter_gets_another_adapter(opened: Workspa
     assert name() == before
     own_module.write_text(OWN.replace("question", "hard question"))
     assert name() != before
+
+
+def test_arms_of_one_name_are_one_training(opened: Workspace, monkeypatch: pytest.MonkeyPatch):
+    """They would write one directory of checkpoints side by side."""
+    trained, sealed = [], []
+    monkeypatch.setattr(trial, "build_input", lambda arm, *args, **options: (arm.fingerprint, {}))
+    monkeypatch.setattr(trial, "forward_log", lambda log, **options: nullcontext(log))
+    remote = SimpleNamespace(remote=lambda task, *args: trained.append(task) or len(trained))
+    monkeypatch.setattr(trial, "_train_remotely", remote)
+    waiting = SimpleNamespace(wait=lambda refs, num_returns: (refs[:1], refs[1:]), get=lambda ref: None)
+    monkeypatch.setattr(trial, "ray", waiting)
+    monkeypatch.setattr(trial, "seal_adapter", lambda arm, *args, **options: sealed.append(arm.address))
+    monkeypatch.setattr(trial, "read_adapter", lambda address: address)
+    stages = (StageConfig(max_steps=1),)
+    arms = {
+        name: plan_arm(
+            ArmConfig(
+                mix=MixConfig(diverse_ratio=0.0),
+                train=TrainConfig(stages=stages, seed=seed, num_workers=num_workers),
+            ),
+            opened,
+            None,
+        )
+        for name, seed, num_workers in (("plain", 0, 1), ("other", 1, 1), ("main", 0, 2))
+    }
+    adapters = trial.train_arms(
+        arms, opened, None, logs=dict.fromkeys(arms, lambda metrics, step: None), max_concurrent=2
+    )
+
+    assert trained == [arms["plain"].fingerprint, arms["other"].fingerprint]
+    assert sealed == [arms["plain"].address, arms["other"].address]
+    assert adapters == {name: arm.address for name, arm in arms.items()}

@@ -122,6 +122,10 @@ def test_rows_with_the_token_are_compared_and_spread_over_the_file():
     assert choose_rows(rows, (), 4) == [0, 5, 10, 15]
     assert choose_rows(rows, ("<other>",), 2) == [0, 10]
 
+    turns = (Message(role="system", content="a <sep>"), Message(role="user", content="a"))
+    rows[7] = SeedTask(task_id="7", messages=turns)
+    assert choose_rows(rows, ("<sep>",), 100) == list(range(1, 20, 2))
+
 
 def test_the_reference_answer_is_no_prompt():
     """A token that only the answer holds is not what the prompt shows."""

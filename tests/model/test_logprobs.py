@@ -140,6 +140,21 @@ def test_a_continuation_takes_the_likeliest_token_each_time(model):
     assert continue_greedily(model, [prompt], max_tokens=6, end_ids=[unused]) == [tuple(expected)]
 
 
+def test_what_a_model_s_files_ask_of_generation_changes_no_continuation(model):
+    """An engine is not asked for it either: both would differ where nothing is wrong with the adapter."""
+    prompt, unused = [1, 40, 50], 5
+    expected = choose_step_by_step(model, prompt, 6)
+    own = model.generation_config
+    own.suppress_tokens = [expected[0]]
+    try:
+        assert continue_greedily(model, [prompt], max_tokens=6, end_ids=[unused]) == [tuple(expected)]
+        assert model.generation_config is own
+        asked = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
+        assert asked[0, len(prompt) :].tolist() != expected
+    finally:
+        own.suppress_tokens = None
+
+
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_continuation_stops_before_the_end_token(model, place):
     prompt = [1, 40, 50]

@@ -233,7 +233,9 @@ def test_sources_that_can_not_be_told_apart_are_refused(sources, reason):
         SynthesizeConfig(sources=tuple(sources))
 
 
-@pytest.mark.parametrize("fields", [{"name": "a:b"}, {"name": ""}, {"num_rows": 0}, {"max_candidates": 0}])
+@pytest.mark.parametrize(
+    "fields", [{"name": "a:b"}, {"name": ""}, {"name": "task"}, {"num_rows": 0}, {"max_candidates": 0}]
+)
 def test_a_source_without_a_usable_name_or_number_is_refused(fields):
     with pytest.raises(ValidationError, match=next(iter(fields))):
         SourceConfig(**{"name": "a", "synthesizer": MethodConfig(method=MAGPIE), "num_rows": 1, **fields})

@@ -92,10 +92,21 @@ def test_a_micro_batch_is_never_thought_larger_than_a_batch_nor_smaller_than_a_r
     assert small.kept == 2 * estimate_memory(LLAMA_8B, long, dtype="bfloat16").kept
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.05, None], ids=["no dropout", "dropout", "all parameters"])
+FORMS = {
+    "no dropout": LoraConfig(rank=16, alpha=16, dropout=0.0),
+    "dropout": LoraConfig(rank=16, alpha=16, dropout=0.05),
+    "DoRA": LoraConfig(rank=16, alpha=16, dropout=0.0, use_dora=True),
+    "DoRA, dropout": LoraConfig(rank=16, alpha=16, dropout=0.05, use_dora=True),
+    "DoRA, all-linear": LoraConfig(
+        rank=16, alpha=16, dropout=0.05, use_dora=True, target_modules="all-linear"
+    ),
+    "all parameters": None,
+}
+
+
+@pytest.mark.parametrize("lora", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_kept_is_what_autograd_keeps_on_the_starter(dtype, dropout):
-    lora = None if dropout is None else LoraConfig(rank=16, alpha=16, dropout=dropout)
+def test_what_is_kept_is_what_autograd_keeps_on_the_starter(dtype, lora):
     base = STARTER.model_copy(update={"dtype": dtype})
     model = attach(load_base(base), lora=lora, trains_base=lora is None)
     use_packed_attention(model)

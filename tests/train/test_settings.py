@@ -52,6 +52,7 @@ def test_a_step_past_the_last_stage_is_in_none():
         ({"stages": [{"max_steps": 1}], "global_batch_size": 0}, "global_batch_size"),
         ({"stages": [{"max_steps": 1}], "max_tokens_per_micro_batch": 0}, "max_tokens_per_micro_batch"),
         ({"stages": [{"max_steps": 1}], "num_workers": 0}, "num_workers"),
+        ({"stages": [{"max_steps": 1}], "max_length": 0}, "max_length"),
         ({"stages": [{"max_steps": 1, "parts": ["head"]}]}, "stages.0.parts.0"),
     ],
 )

@@ -105,14 +105,15 @@ def measure_pool_drift(
 ) -> dict[str, float]:
     """Return off-task KL in nats a token by label, on rows that the base wrote; none without a pool.
 
-    The rows come from the end of the pool's first source; a pool larger than the mixtures keeps most
-    of them untrained.
+    The rows come from the end of the pool's first source; a pool larger than the mixtures keeps some of them
+    untrained. Those that are longer than `train.max_length` are left out, whatever training does with its own.
     """
     if pool is None or num_rows == 0 or not len(pool.index.sources):
         return {}
     sources = pool.index.sources
     places = np.flatnonzero(compute.equal(sources, sources[0]).to_numpy())[-num_rows:]
     chats = [row.messages for row in pool.index.read(places.tolist())]
-    encoded = [row for row in encode_rows(chats, train, space.chat) if row is not None]
+    short = train.model_copy(update={"on_long": "drop"})
+    encoded = [row for row in encode_rows(chats, short, space.chat) if row is not None]
     sequences = [(list(row.input_ids), list(row.loss_mask)) for row in encoded]
-    return measure_drift(dict(addresses), sequences, space.model)
+    return measure_drift(dict(addresses), sequences, space.model) if sequences else {}

@@ -146,13 +146,17 @@ def train_arms(
 ) -> dict[str, Adapter]:
     """Train each arm that is not finished, a few at a time; return the adapters by name.
 
-    A job of its own for each arm: Ray Train wants the main thread of a process.
+    A job of its own for each arm: Ray Train wants the main thread of a process. Arms of one fingerprint are one
+    training, by the first one's name.
 
     Raises:
         StoppedError: SIGTERM came, and each arm that was running has a checkpoint or is finished.
         TrainError: See `run_training`.
     """
-    waiting = [name for name, arm in arms.items() if not is_finished(arm.address)]
+    first_by_address: dict[str, str] = {}
+    for name, arm in arms.items():
+        first_by_address.setdefault(arm.address, name)
+    waiting = [name for address, name in first_by_address.items() if not is_finished(address)]
     running: dict[ray.ObjectRef, _Running] = {}  # type: ignore[type-arg]
     stopped: list[str] = []
     # whatever ends first, each log is forwarded to its end

@@ -50,8 +50,9 @@ class Verification:
 
 
 def choose_rows(rows: Sequence[SeedTask], tokens: Sequence[str], num_rows: int) -> list[int]:
-    """Return the indices of rows to compare: evenly spaced among those that hold a token, else any."""
-    chosen = [i for i, row in enumerate(rows) if any(token in row.prompt[-1].content for token in tokens)]
+    """Return the indices of rows to compare: evenly spaced among those that hold a token in any turn, else any."""
+    texts = ["\n".join(message.content for message in row.prompt) for row in rows]
+    chosen = [i for i, text in enumerate(texts) if any(token in text for token in tokens)]
     chosen = chosen or list(range(len(rows)))
     step = max(1, len(chosen) // num_rows)
     return chosen[::step][:num_rows]

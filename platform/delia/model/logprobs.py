@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from delia.model.loading import load_base
 from delia.store.adapters import is_whole
@@ -93,19 +93,26 @@ def mean_kl(
 def continue_greedily(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_tokens: int, end_ids: Sequence[int]
 ) -> list[tuple[int, ...]]:
-    """Return the greedy continuation of each prompt, one at a time, without its end token."""
-    continuations = []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)], device=model.device)
-        output = cast(Any, model).generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            eos_token_id=list(end_ids),
-            pad_token_id=next(iter(end_ids)),
-        )
-        tokens = output[0, len(prompt) :].tolist()
-        stop = next((i for i, token in enumerate(tokens) if token in set(end_ids)), len(tokens))
-        continuations.append(tuple(tokens[:stop]))
-    return continuations
+    """Return the greedy continuation of each prompt, one at a time, without its end token.
+
+    What the model's own files ask for beside, such as a repetition penalty, is left out, as engines leave it out.
+    """
+    settings = GenerationConfig(
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=list(end_ids),
+        pad_token_id=next(iter(end_ids)),
+    )
+    own, model.generation_config = model.generation_config, settings
+    try:
+        return [_continue(model, prompt, set(end_ids)) for prompt in prompts]
+    finally:
+        model.generation_config = own
+
+
+def _continue(model: PreTrainedModel, prompt: Sequence[int], end_ids: set[int]) -> tuple[int, ...]:
+    ids = torch.tensor([list(prompt)], device=model.device)
+    output = cast(Any, model).generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+    tokens = output[0, len(prompt) :].tolist()
+    stop = next((i for i, token in enumerate(tokens) if token in end_ids), len(tokens))
+    return tuple(tokens[:stop])

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from delia.config import FrozenConfig, MethodConfig
 from delia.generate.engine import SamplingConfig
+from delia.schema import TASK_SOURCE
 from delia.store.models import ModelConfig
 from delia.store.tasks import TaskConfig
 
@@ -36,6 +37,10 @@ class SourceConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _has_one_origin(self) -> Self:
+        if self.name == TASK_SOURCE:
+            raise ValueError(
+                f"{TASK_SOURCE!r} is what the task's own rows are called; give the source another name"
+            )
         if (self.synthesizer is None) == (self.rows is None):
             raise ValueError(f"source {self.name!r} has either a synthesizer or rows, not both and not none")
         if self.rows is not None and (self.feeds_on or self.model):

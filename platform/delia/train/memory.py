@@ -93,16 +93,16 @@ def estimate_memory(
     num_layers = int(model.num_hidden_layers)
     num_embedded = shapes.get_input_embeddings().weight.numel()
     layer = (num_parameters - num_embedded) // num_layers
-    by_part: dict[Part, int] = {"token_rows": num_tokens * int(model.hidden_size), "lora": 0, "base": 0}
-    lora_width = 0
-    if lora is not None:
-        for module in find_targets(shapes, lora.target_modules).values():
-            by_part["lora"] += lora.rank * (module.in_features + module.out_features)
-            lora_width += module.in_features
+    targets = list(find_targets(shapes, lora.target_modules).values()) if lora else []
+    num_inputs, num_outputs = sum(m.in_features for m in targets), sum(m.out_features for m in targets)
+    magnitudes = num_outputs if lora and lora.use_dora else 0
+    by_part: dict[Part, int] = {
+        "token_rows": num_tokens * int(model.hidden_size),
+        "lora": (lora.rank if lora else 0) * (num_inputs + num_outputs) + magnitudes,
+        "base": num_parameters if config.trains_base else 0,
+    }
     num_shards = config.shard_group or config.num_workers
     is_whole = num_shards == 1
-    if config.trains_base:
-        by_part["base"] = num_parameters
     # a weight and its gradient, and two moments in each stage that moves it
     num_states = sum(
         by_part[part] * (2 + 2 * sum(part in s.parts for s in config.stages)) for part in by_part
@@ -111,7 +111,9 @@ def estimate_memory(
     micro_tokens = max(config.max_length, min(config.max_tokens_per_micro_batch, batch_tokens))
     dropped = (1 if config.use_gpu else size) if lora and lora.dropout else 0
     layer_bytes = _count_layer_bytes(model, size, is_trained=config.trains_base, length=config.max_length)
-    layer_bytes += lora_width // num_layers * (size + dropped)
+    layer_bytes += num_inputs // num_layers * (size + dropped)
+    # DoRA keeps what its magnitudes scale: the change and, with dropout, the base's own output
+    layer_bytes += magnitudes // num_layers * size * (3 if dropped else 2)
     kept = int(model.hidden_size) * size if config.gradient_checkpointing else layer_bytes
     device = "cuda" if config.use_gpu else "cpu"
     is_away = config.offload and config.use_gpu

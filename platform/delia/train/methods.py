@@ -110,13 +110,13 @@ def build_methods(task: TrainInput, *, vocab_size: int) -> TrainMethods:
 
 
 def check_methods(config: TrainConfig) -> None:
-    """Build every method of `delia.methods` that settings name, to see that it can be.
+    """Build every method of `delia` that settings name, to see that it can be.
 
     Raises:
         ConfigError: One can't, or scores are given that no method reads.
     """
     for method in (config.token_weighter, config.parameter_mask, config.input_corruption):
-        if method is not None and method.method.startswith("delia.methods."):
+        if method is not None and method.method.startswith("delia."):  # others are known to who allows them
             build_method(method)
     if config.row_scores is not None and config.token_weighter is None:
         raise ConfigError(

@@ -16,7 +16,9 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-TASK = "task"
+from delia.schema import TASK_SOURCE
+
+TASK = TASK_SOURCE
 NUM_HELD = 16
 """So many shards are held by a process; the next one takes the place of the one read longest ago."""
 EncodedRow = tuple[Sequence[int], Sequence[bool]]

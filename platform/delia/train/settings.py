@@ -97,7 +97,7 @@ class TrainConfig(FrozenConfig):
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     global_batch_size: int = Field(default=32, gt=0)
     max_tokens_per_micro_batch: int = Field(default=8192, gt=0)
-    max_length: int = 512
+    max_length: int = Field(default=512, gt=1)
     on_long: Literal["error", "drop", "truncate_prompt_left"] = "error"
     train_on: Literal["last", "all"] = "last"
     max_grad_norm: float = Field(default=1.0, gt=0)
