@@ -1,5 +1,6 @@
 """A campaign on real Ray Tune, Ray Train and MLflow, with a scripted engine: what is kept of each trial."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,14 @@ def test_no_finished_trial_is_an_error(cluster, config, monkeypatch):
     monkeypatch.setattr(campaign, "_build_tuner", lambda *args: type("T", (), {"fit": lambda self: []})())
     with pytest.raises(TrialStoppedError, match="none of 2 trials ran to its end"):
         search(config, say=lambda text: None)
+
+
+def test_a_corrected_task_or_another_base_is_another_campaign(config):
+    """Its trials would be found ended, and their adapters nowhere."""
+    space = open_search(config)
+    corrected = replace(space, task=replace(space.task, digest="another"))
+    names = [
+        campaign.name_campaign(config, item) for item in (space, corrected, replace(space, model_id="b"))
+    ]
+    assert len(set(names)) == 3
+    assert names[0] == campaign.name_campaign(config, space)

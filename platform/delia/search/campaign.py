@@ -93,10 +93,14 @@ def _trainable(params: dict[str, Any]) -> None:
         tune.report({"score": tradeoff.task.estimate + tradeoff.kept.estimate, "rung": rung})
 
 
-def _build_tuner(config: SearchConfig, pool_address: str) -> tune.Tuner:
+def name_campaign(config: SearchConfig, space: Workspace) -> str:
+    """Return the name of a campaign: another task or base under equal settings is another one."""
+    return f"search-{fingerprint(config, space.task.digest, space.model_id)}"
+
+
+def _build_tuner(config: SearchConfig, name: str, pool_address: str) -> tune.Tuner:
     """Return a fresh tuner, or the one of a killed driver, restored."""
     output_dir = config.recipe.output_dir
-    name = f"search-{fingerprint(config)}"
     # a trial holds almost nothing itself: its trainer and its engine ask for their own CPUs
     trainable = tune.with_resources(_trainable, {"CPU": 0.01})
     path = join(output_dir, name)
@@ -157,7 +161,8 @@ def search(config: SearchConfig, *, say: Say) -> Outcome:
         pool = make_pool(config.recipe, space, run)
         pool_address = space.address("pools", pool.manifest.fingerprint) if pool else ""
         say(f"search: {len(arms)} trials: {', '.join(arms)}")
-        results = _build_tuner(config, pool_address).fit()
+        name = name_campaign(config, space)
+        results = _build_tuner(config, name, pool_address).fit()
         _record_trials(results, tracker, run, arms)
         reports = _read_finished(config, space, pool, arms)
         if not reports:
@@ -167,7 +172,7 @@ def search(config: SearchConfig, *, say: Say) -> Outcome:
         tradeoffs, chosen = summarise(reports, config), choose(reports, config)
         _log(run, reports[chosen], tradeoffs[chosen], num_trials=len(reports))
     best = config.recipe.model_copy(update={"arm": arms[chosen], "name": f"{config.recipe.name}_searched"})
-    address = join(space.output_dir, f"search-{fingerprint(config)}", "chosen.yaml")
+    address = join(space.output_dir, name, "chosen.yaml")
     write_bytes(address, dump_yaml(best).encode())
     return Outcome(tradeoffs=tradeoffs, chosen=chosen, config_address=address)
 
