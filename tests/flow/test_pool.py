@@ -156,12 +156,12 @@ def test_the_last_metrics_that_are_logged_are_those_of_the_pool(built, resumable
 def test_a_changed_rule_curates_the_stored_candidates_again_into_a_pool_of_its_own(
     built, resumable, make_config, build, read_back
 ):
-    short = LOOSE.model_copy(update={"max_output_tokens": 14})
+    short = LOOSE.model_copy(update={"max_output_tokens": 9})
     strict = make_config(num_rows=4, max_candidates=64, curate=short)
     pool = build(resumable, strict, num_replicas=None)
     reasons = Counter(item.reason for item in read_back(resumable, strict))
 
-    assert max(row.num_output_tokens for row in pool.rows) <= 14
+    assert max(row.num_output_tokens for row in pool.rows) <= 9
     assert reasons["too_long"] > 0
     assert pool.manifest.root != built[1].manifest.root
     assert {row.row_id for row in pool.rows} <= {
