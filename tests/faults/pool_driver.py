@@ -50,7 +50,7 @@ POOL = PoolConfig(
                 max_candidates=40,
             ),
         ),
-        sampling=SamplingConfig(max_tokens=48),
+        sampling=SamplingConfig(max_tokens=22),  # some answers are cut, and rejected
         chunk_size=8,
     ),
     curate=CurateConfig(near_duplicate_threshold=None, overlap_ngram=None, max_repeated_share=None),

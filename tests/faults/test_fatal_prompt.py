@@ -116,7 +116,7 @@ def answer_animals(path: Path, *, num_rows: int) -> PoolConfig:
         num_rows=num_rows,
         max_candidates=len(ANIMALS),
     )
-    sampling = driver.POOL.synthesize.sampling
+    sampling = SamplingConfig(max_tokens=48)  # none is cut
     return PoolConfig(
         synthesize=SynthesizeConfig(sources=(file, answers), sampling=sampling, chunk_size=4),
         curate=driver.POOL.curate,
