@@ -84,7 +84,7 @@ def built(
     read_back: Callable[..., list[Rejection]],
 ) -> dict[int, Built]:
     """The same pool by the number of replicas that made it."""
-    config = make_config(num_rows=48, max_candidates=160, max_tokens=48)
+    config = make_config(num_rows=48, max_candidates=160, max_tokens=20)  # some instructions are cut
     made = {}
     for num_replicas in REPLICAS:
         space = dataclasses.replace(opened, output_dir=f"{opened.output_dir}/vllm-{num_replicas}")
