@@ -254,14 +254,15 @@ for _ in range(2):
     start_slowly(partial(cluster.add_node, num_cpus=2))
 cluster.wait_for_nodes(timeout=300)
 ray.init(address=cluster.address)
+begun = Path(sys.argv[1])
 number_by_node = {node["NodeID"]: number for number, node in enumerate(ray.nodes())}
 
 
 def tell_node(block, ask):
     node = number_by_node[ray.get_runtime_context().get_node_id()]
-    Path(sys.argv[1], str(node)).touch()
+    (begun / str(node)).touch()
     give_up = time.monotonic() + 600
-    while len(list(Path(sys.argv[1]).iterdir())) < 3:  # no replica does everything before another has started
+    while len(list(begun.iterdir())) < 3:  # no replica does everything before another has started
         assert time.monotonic() < give_up, "replicas share a node"
         time.sleep(0.05)
     return pa.table({"node": [node]})
